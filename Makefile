@@ -1,0 +1,58 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs, once, in
+# .venv: the pinned dependencies, the package in place, its compiled modules.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+
+# A machine without a compiler should be an error here, not a slow demo.
+export LOSSOPS_BUILD ?= cpu
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+built := .venv/built-$(LOSSOPS_BUILD)
+
+.PHONY: help demo test lint format build clean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; ARGS="..." for options
+	lossops-bench demo $(ARGS)
+
+test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
+	pytest $(ARGS)
+
+lint: .venv/dependencies  ## Check style, format and types
+	ruff check
+	ruff format --check
+	mypy
+	clang-format --dry-run -Werror $(sources)
+
+format: .venv/dependencies  ## Format the Python and C++ sources
+	ruff check --fix
+	ruff format
+	clang-format -i $(sources)
+
+build: $(built)  ## Set up .venv and build the compiled modules in place
+
+clean:  ## Remove everything that was set up or built
+	rm -rf .venv build dist *.egg-info lossops/_cpu_*.so
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv/dependencies: requirements-dev.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+# The package in place and the command lossops-bench; the modules are built below, where ninja
+# compiles again only what has changed.
+.venv/package: pyproject.toml .venv/dependencies
+	LOSSOPS_BUILD=none python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(built): setup.py lossops/switches.py $(sources) .venv/package
+	rm -f .venv/built-* lossops/_cpu_*.so
+	python setup.py --quiet build_ext --inplace
+	touch $@

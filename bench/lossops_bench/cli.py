@@ -1,0 +1,155 @@
+"""The command line: `lossops-bench list | run | demo`."""
+
+import os
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lossops_bench.case import Case, Problem, Rival
+from lossops_bench.cases import CASES
+from lossops_bench.figures import Row, append_rows, rows
+from lossops_bench.inputs import tiny
+from lossops_bench.plot import save_plot
+from lossops_bench.report import caption, results_table
+from lossops_bench.runner import Settings, run, steps
+from lossops_bench.shapes import SHAPES, parse_shape
+
+__all__ = ["build_app"]
+
+
+class Dtype(str, Enum):
+    """The dtypes of inputs, as typed on the command line."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Mode(str, Enum):
+    """What is timed: the loss with its gradients, or the loss alone without any."""
+
+    training = "training"
+    forward = "forward"
+
+
+def build_app() -> typer.Typer:
+    """The commands, with the demo's."""
+    from lossops_bench.demo import demo_command
+
+    app = typer.Typer(
+        help="Benchmarks of lossops beside PyTorch: time in GEMM-equivalents, memory, error.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command("list")(list_command)
+    app.command("run")(run_command)
+    app.command("demo")(demo_command)
+    return app
+
+
+def list_command() -> None:
+    """Show the cases with their rivals, and the shapes that have a name."""
+    console = Console()
+    for case in CASES.values():
+        problem = tiny(Problem(SHAPES["small"], torch.bfloat16))
+        table = Table(title=f"{case.name}: {case.summary}", title_justify="left")
+        for heading in ("rival", "what it is", "why it cannot run here"):
+            table.add_column(heading)
+        for rival in case.rivals:
+            table.add_row(rival.name, rival.summary, rival.objection(problem) or "")
+        console.print(table)
+    table = Table(title="shapes (NAME:N takes another N)", title_justify="left")
+    for heading in ("name", "N", "D", "V"):
+        table.add_column(heading, justify="left" if heading == "name" else "right")
+    for name, shape in SHAPES.items():
+        table.add_row(name, str(shape.rows), str(shape.features), str(shape.classes))
+    console.print(table)
+
+
+def run_command(
+    case: Annotated[str, typer.Argument(help="One of the cases that `list` shows.")],
+    shape: Annotated[
+        list[str] | None, typer.Option(help="N,D,V or NAME or NAME:N; may be repeated.")
+    ] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="May be repeated.")] = None,
+    mode: Annotated[Mode, typer.Option(help="Loss and gradients, or loss only.")] = Mode.training,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rivals: Annotated[str, typer.Option(help="Names, with commas between; default all.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="0 takes every core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in fresh processes.")] = True,
+    patience: Annotated[float, typer.Option(help="Seconds that a rival may take.")] = 300.0,
+    json: Annotated[Path | None, typer.Option(help="Append the rows as JSON lines.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. PNG.")] = None,
+) -> None:
+    """Measure the rivals of a case, side by side."""
+    chosen = _case(case)
+    competing = _rivals(chosen, rivals)
+    _check_device(device)
+    problems = [
+        Problem(one, getattr(torch, kind.value), mode.value, device, threads or _cores(), seed)
+        for one in map(_shape, shape or ["small"])
+        for kind in dtype or [Dtype.float32]
+    ]
+    settings = Settings(repeats=repeats, memory=memory, patience=patience)
+    console = Console()
+    done: list[list[Row]] = []
+    for problem in problems:
+        done.append(_run(chosen, problem, competing, settings, console))
+        console.print(results_table(done[-1]), caption(done[-1]), sep="\n", end="\n\n")
+        if json:
+            append_rows(done[-1], json)
+    if plot:
+        save_plot(done, plot)
+
+
+def _run(
+    case: Case, problem: Problem, rivals: Sequence[Rival], settings: Settings, console: Console
+) -> list[Row]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("inputs", total=steps(rivals, settings))
+
+        def on_step(doing: str) -> None:
+            progress.update(task, advance=1, description=f"{problem.shape}: {doing}")
+
+        return rows(run(case, problem, rivals, settings, on_step))
+
+
+def _case(name: str) -> Case:
+    if name not in CASES:
+        raise typer.BadParameter(f"CASE must be one of {', '.join(CASES)}; got {name!r}")
+    return CASES[name]
+
+
+def _shape(text: str):
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _rivals(case: Case, names: str) -> list[Rival]:
+    try:
+        return [case.rival(name.strip()) for name in names.split(",")] if names else [*case.rivals]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _check_device(device: str) -> None:
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise typer.BadParameter(f"--device must be cpu, or cuda where torch has a GPU; got {device!r}")
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1

@@ -1,0 +1,118 @@
+// Lanes of the CPU: at::vec vectors of whatever width the module is compiled for, how they are
+// loaded and stored, and the conversion of rows of any dtype to and from float or double.
+#pragma once
+
+#include <ATen/cpu/vec/functional_bfloat16.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "row.h"
+
+// After the parameters of a lambda: the passes are only fast with their bodies in the loop.
+#define LOSSOPS_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace lossops {
+
+template <typename S>
+using Vec = at::vec::Vectorized<S>;
+
+template <typename S>
+struct Lane<Vec<S>> {
+  using Scalar = S;
+  using L = Vec<S>;
+  static LOSSOPS_LANE L select(const L& mask, const L& yes, const L& no) {
+    return L::blendv(no, yes, mask);
+  }
+  static LOSSOPS_LANE L at_least(const L& x, S floor) { return at::vec::clamp_min(x, L(floor)); }
+  static LOSSOPS_LANE L fma(const L& a, const L& b, const L& c) { return at::vec::fmadd(a, b, c); }
+  static LOSSOPS_LANE L abs(const L& x) { return x.abs(); }
+  static LOSSOPS_LANE L log1p(const L& x) { return x.log1p(); }
+  static LOSSOPS_LANE L tanh(const L& x) { return x.tanh(); }
+  static LOSSOPS_LANE L power_of_two(const L& t) {
+    const auto bits = at::vec::cast<std::int32_t>(t);
+    return at::vec::cast<S>(bits << Vec<std::int32_t>(23));
+  }
+  static LOSSOPS_LANE L exp(const L& x) {
+    if constexpr (std::is_same_v<S, float>) {
+      return exp_float(x);
+    } else {
+      return x.exp();
+    }
+  }
+};
+
+// Calls f(i, count) for the vectors of n elements: count is a constant but for a last short one.
+template <typename S, typename F>
+LOSSOPS_LANE void for_lanes(int64_t n, const F& f) {
+  constexpr int64_t width = Vec<S>::size();
+  int64_t i = 0;
+  for (; i + width <= n; i += width) f(i, std::integral_constant<int64_t, width>{});
+  if (i < n) f(i, n - i);
+}
+
+// The first `count` lanes from memory, `fill` in the rest.
+template <typename S>
+LOSSOPS_LANE Vec<S> load(const S* p, int64_t count, S fill) {
+  if (count == Vec<S>::size()) return Vec<S>::loadu(p);
+  return Vec<S>::set(Vec<S>(fill), Vec<S>::loadu(p, count), count);
+}
+
+template <typename S>
+LOSSOPS_LANE void store(S* p, const Vec<S>& v, int64_t count) {
+  if (count == Vec<S>::size()) {
+    v.store(p);
+  } else {
+    v.store(p, static_cast<int>(count));
+  }
+}
+
+template <typename S>
+inline double sum_of_lanes(const Vec<S>& v) {
+  S lanes[Vec<S>::size()];
+  v.store(lanes);
+  double sum = 0;
+  for (S lane : lanes) sum += lane;
+  return sum;
+}
+
+// (n,) of dtype T, `stride` apart, to and from (n,) of S, a vector at a time where both lie dense.
+template <typename T, typename S>
+inline void widen(const T* from, int64_t stride, int64_t n, S* to) {
+  int64_t i = 0;
+  if constexpr (at::vec::is_reduced_floating_point_v<T> && std::is_same_v<S, float>) {
+    constexpr int64_t width = Vec<float>::size();
+    for (; stride == 1 && i + 2 * width <= n; i += 2 * width) {
+      Vec<float> low, high;
+      at::vec::load_to_float<T>(from + i, low, high);
+      low.store(to + i);
+      high.store(to + i + width);
+    }
+  }
+  if (stride == 1) {
+    for (; i < n; ++i) to[i] = static_cast<S>(from[i]);
+  } else {
+    for (; i < n; ++i) to[i] = static_cast<S>(from[i * stride]);
+  }
+}
+
+template <typename S, typename T>
+inline void narrow(const S* from, int64_t stride, int64_t n, T* to) {
+  int64_t i = 0;
+  if constexpr (at::vec::is_reduced_floating_point_v<T> && std::is_same_v<S, float>) {
+    constexpr int64_t width = Vec<float>::size();
+    for (; stride == 1 && i + 2 * width <= n; i += 2 * width) {
+      const auto low = Vec<float>::loadu(from + i), high = Vec<float>::loadu(from + i + width);
+      at::vec::convert_from_float<T>(low, high).store(to + i);
+    }
+  }
+  if (stride == 1) {
+    for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+  } else {
+    for (; i < n; ++i) to[i * stride] = static_cast<T>(from[i]);
+  }
+}
+
+}  // namespace lossops

@@ -1,0 +1,43 @@
+// The three products of a tile and their operands: the one place that knows how a GEMM is done.
+//
+// FLOPs: 2 R D T each. Half-precision operands are upcast first, a tile of w or a block of x at a
+// time: a float32 GEMM is exact on them but for its own rounding, and on a processor without bf16
+// instructions it is several times faster than theirs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace lossops {
+
+using at::Tensor;
+
+// z (R, T) = x (R, D) wᵀ, w (T, D)
+void logits_tile(Tensor z, const Tensor& x, const Tensor& w);
+
+// dx (R, D) (+)= dz (R, T) w
+void dx_tile(Tensor dx, const Tensor& dz, const Tensor& w, bool accumulate);
+
+// dw (T, D) (+)= dzᵀ x
+void dw_tile(Tensor dw, const Tensor& dz, const Tensor& x, bool accumulate);
+
+// Consecutive rows of a matrix as float32 or float64, times a factor: views of the matrix where it
+// is so already, else of scratch (block, D), or of one copy of it all where that is small.
+class Rows {
+ public:
+  Rows(const Tensor& matrix, at::ScalarType dtype, std::optional<double> factor, int64_t block);
+
+  // Rows [first, first + n), n <= block; valid until the next call.
+  Tensor operator()(int64_t first, int64_t n);
+
+ private:
+  void convert(Tensor to, int64_t first, int64_t n) const;
+
+  Tensor matrix_, scratch_;
+  std::optional<double> factor_;
+  bool as_is_, whole_ = false;
+};
+
+}  // namespace lossops

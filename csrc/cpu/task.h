@@ -1,0 +1,90 @@
+// What a call asks for: its statistics by name, their tensors, and its operands beside the logits.
+// Cost: nothing per logit. The order of names and outputs is that of lossops/statistics.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/lanes.h"
+
+namespace lossops {
+
+using at::Tensor;
+using Names = std::vector<std::string>;
+using MaybeTensor = std::optional<Tensor>;
+
+// A matrix in memory of any floating dtype and any strides, read and written by parts of rows.
+struct Operand {
+  void* data = nullptr;
+  at::ScalarType dtype = at::kFloat;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+
+  Operand() = default;
+  explicit Operand(const Tensor& matrix);
+  explicit operator bool() const { return data != nullptr; }
+
+  template <typename S>
+  void load(int64_t row, int64_t column, int64_t n, S* to) const;
+  template <typename S>
+  void store(int64_t row, int64_t column, int64_t n, const S* from) const;
+};
+
+// One pointer per output of the table, null where a call does not have it. Serves the statistics
+// that are written, those that are read back, and their coefficients.
+template <typename S>
+struct Fields {
+  S *shift{}, *target{}, *lse{}, *mean{}, *max{}, *runner_up{}, *below_target{};
+  S *average{}, *moment{}, *softplus{}, *weighted_sum{}, *teacher{};
+  int64_t *argmax{}, *runner_up_index{}, *below_target_index{};
+  std::vector<S*> temperatures;
+  std::vector<Tensor> owners;  // keeps copies that had to be made alive
+
+  Fields(const Names& names, const std::vector<MaybeTensor>& tensors);
+};
+
+// The statistics of `names`, not yet filled but for `target`, which is -inf where there is none.
+std::vector<Tensor> allocate_statistics(const Names& names, int64_t rows, const MaybeTensor& target,
+                                        const at::TensorOptions& options);
+
+// The call's operands in the form the row passes read.
+template <typename S>
+struct Task {
+  int64_t rows, classes;
+  int64_t targets = 0;  // K
+  Tensor target_ids, bias_values, vector_values;
+  const S* bias = nullptr;          // (V,)
+  const S* class_vector = nullptr;  // (V,)
+  Operand teacher;                  // (N, V)
+  S cap = 0;
+  std::vector<S> temperatures;
+  S largest_temperature = 1;
+
+  Task(int64_t rows, int64_t classes, const MaybeTensor& target, const MaybeTensor& class_vector,
+       const MaybeTensor& teacher, const MaybeTensor& bias, double softcap, const Names& names);
+
+  const int64_t* target_row(int64_t row) const {
+    return target_ids.const_data_ptr<int64_t>() + row * targets;
+  }
+};
+
+// Throws unless x (N, D), w (V, D) and b (V,) fit each other.
+void check_linear(const Tensor& x, const Tensor& w, const MaybeTensor& b, const MaybeTensor& scale,
+                  int64_t tile);
+
+inline bool contains(const Names& names, const char* name) {
+  for (const auto& n : names) {
+    if (n == name) return true;
+  }
+  return false;
+}
+
+// A grain for at::parallel_for over rows that each cost `width` elements.
+inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
+
+}  // namespace lossops

@@ -1,0 +1,400 @@
+"""autograd Functions around the ops: what is saved, what a backward gives away or recomputes.
+
+x, w, b and the target are saved with ``save_for_backward`` and unpacked in every backward, so that
+freed graphs, in-place edits and offload hooks behave as in PyTorch. One sweep has its gradients
+before backward; the first backward scales these buffers in place and hands them out, a later one
+computes them again. Second derivatives go through `lossops.reference`, at the memory of the full
+logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lossops import backends, ops, reference
+from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
+from lossops.schedules import Gradients
+from lossops.statistics import INDEX_OUTPUTS, RowStatistics, outputs
+
+
+
+Optional = Tensor | None
+NO_GRADIENT = ("shift", *INDEX_OUTPUTS)
+
+
+class LinearStatistics(torch.autograd.Function):
+    """Statistics of a linear head; backward is the second sweep."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        b: Optional,
+        scale: Optional,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        softcap: float,
+        names: list[str],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
+        return tuple(torch.ops.lossops.linear_statistics(*head, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, softcap, names, backend = inputs
+        ctx.static = (softcap, names, backend)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(
+            *(o for o, n in zip(output, outputs(names), strict=True) if n in NO_GRADIENT)
+        )
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional) -> tuple[Any, ...]:
+        names = ctx.static[1]
+        tensors, stats = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        coefficients = [
+            None if n in NO_GRADIENT else g
+            for g, n in zip(grads, outputs(names), strict=True)
+        ]
+        needs = list(ctx.needs_input_grad[:4])
+        if not any(needs) or all(c is None for c in coefficients):
+            return (None,) * 10
+        found = StatisticsGradient.apply(*tensors, *ctx.static, needs, *stats, *coefficients)
+        kept = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
+        kept[3] = _like_scale(kept[3], tensors[3])
+        return (*kept, *(None,) * 6)
+
+
+class StatisticsGradient(torch.autograd.Function):
+    """The second sweep; its own backward goes through the reference."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        b: Optional,
+        scale: Optional,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        softcap: float,
+        names: list[str],
+        backend: str,
+        needs: list[bool],
+        *tensors: Optional,
+    ) -> tuple[Tensor, ...]:
+        head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
+        count = len(tensors) // 2
+        found: tuple[Tensor, ...] = torch.ops.lossops.linear_gradient(
+            *head, list(tensors[:count]), list(tensors[count:]), needs, backend
+        )
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.static = inputs[7:11]
+        ctx.tensors = len(inputs) - 11
+        ctx.save_for_backward(*inputs[:7], *inputs[11:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
+        x, w, b, scale, target, class_vector, teacher, *rest = ctx.saved_tensors
+        softcap, names, _, needs = ctx.static
+        coefficients = rest[ctx.tensors // 2 :]
+        order = outputs(names)
+
+        def value(x: Tensor, w: Tensor, b: Optional, scale: Optional) -> list[Tensor]:
+            found = reference.linear_statistics(
+                x, w, b, scale, softcap, target, class_vector, teacher, names
+            )
+            kept = zip(found, coefficients, order, strict=True)
+            return [f for f, c, n in kept if c is not None and n not in NO_GRADIENT]
+
+        upstream = [c for c in coefficients if c is not None]
+        inputs, again = differentiate_twice(value, (x, w, b, scale), upstream, cotangents, needs)
+        found = iter(again)
+        back = [None if c is None else next(found) for c in coefficients]
+        return (*inputs, *(None,) * 7, *(None,) * (ctx.tensors // 2), *back)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in one sweep, with its gradients as further outputs."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        b: Optional,
+        scale: Optional,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        nll: Optional,
+        lse: Optional,
+        smooth: Optional,
+        taught: Optional,
+        square: Optional,
+        softcap: float,
+        names: list[str],
+        needs: list[bool],
+        chunk_rows: int,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
+        terms = (nll, lse, smooth, taught, square)
+        found: tuple[Tensor, ...] = torch.ops.lossops.linear_cross_entropy(
+            *head, *terms, needs, chunk_rows, backend
+        )
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.static = inputs[12:]
+        ctx.used = False
+        ctx.save_for_backward(*inputs[:12], *output[2:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Optional, *_: Optional) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 17
+        tensors, ready = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+        x, w, b, scale, target, class_vector, teacher, *terms = tensors
+        softcap, names, needs, chunk_rows, backend = ctx.static
+
+        def sweep() -> tuple[Tensor, ...]:
+            head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
+            found: tuple[Tensor, ...] = torch.ops.lossops.linear_cross_entropy(
+                *head, *terms, needs, chunk_rows, backend
+            )
+            return found[2:]
+
+        def value(x: Tensor, w: Tensor, b: Optional, scale: Optional) -> list[Tensor]:
+            stats = reference.linear_statistics(
+                x, w, b, scale, softcap, target, class_vector, teacher, names
+            )
+            found = dict(zip(outputs(names), stats, strict=True))
+            factors = CrossEntropyTerms(*terms)
+            return [cross_entropy_rows(found, factors, target, w.shape[0])[0].sum()]
+
+        found = hand_out(ctx, (x, w, b, scale), needs, g, ready, sweep, value)
+        return (*found, *(None,) * 13)
+
+
+Value = Callable[[Tensor, Tensor, Optional, Optional], list[Tensor]]
+
+
+def hand_out(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Optional, Optional],
+    needs: Sequence[bool],
+    g: Tensor,
+    ready: Sequence[Tensor],
+    sweep: Callable[[], Sequence[Tensor]],
+    value: Value,
+) -> tuple[Optional, ...]:
+    """Gradients of one sweep times the upstream scalar g, for x, w, b and scale.
+
+    The first plain backward scales the buffers in place; a later one runs ``sweep`` again;
+    ``create_graph=True`` and compilers get new tensors.
+    """
+    if torch.compiler.is_compiling():
+        return scaled(inputs, needs, g, ready, inplace=False)
+    if torch.is_grad_enabled():
+        buffers = sweep() if ctx.used else ready
+        return ScaledGradients.apply(value, needs, g, *inputs, *buffers)  # type: ignore[no-any-return]
+    buffers = sweep() if ctx.used else ready
+    ctx.used = True
+    # Nobody else sees these buffers; a second backward finds `used` and never reads them.
+    with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # type: ignore[attr-defined]
+        return scaled(inputs, needs, g, buffers, inplace=True)
+
+
+class ScaledGradients(torch.autograd.Function):
+    """Gradients of one sweep times g, differentiable again through the reference."""
+
+    @staticmethod
+    def forward(
+        value: Value, needs: Sequence[bool], g: Tensor, *tensors: Optional
+    ) -> tuple[Optional, ...]:
+        inputs, buffers = tensors[:4], tensors[4:]
+        return scaled(inputs, needs, g, buffers, inplace=False)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Optional, ...]) -> None:
+        ctx.value, ctx.needs = inputs[:2]
+        ctx.save_for_backward(*inputs[2:7])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
+        g, *inputs = ctx.saved_tensors
+        found, again = differentiate_twice(ctx.value, inputs, [g], cotangents, ctx.needs)
+        return (None, None, again[0], *found, *(None,) * 4)
+
+
+def scaled(
+    inputs: Sequence[Optional],
+    needs: Sequence[bool],
+    g: Tensor,
+    buffers: Sequence[Tensor],
+    *,
+    inplace: bool,
+) -> tuple[Optional, ...]:
+    """Buffers times g (dx times g · scale), in the dtypes of x, w, b and scale."""
+    scale = inputs[3]
+    factors = Gradients(g if scale is None else g * scale.to(g.dtype), g, g, g)
+    found: list[Optional] = []
+    for t, wanted, factor, buffer in zip(inputs, needs, factors, buffers, strict=True):
+        if not wanted or t is None:
+            found.append(None)
+            continue
+        assert factor is not None
+        product = buffer.mul_(factor) if inplace else buffer * factor
+        found.append(product.to(t.dtype))
+    found[3] = _like_scale(found[3], scale)
+    return tuple(found)
+
+
+def _like_scale(dscale: Optional, scale: Optional) -> Optional:
+    return None if dscale is None or scale is None else dscale.to(scale.dtype).reshape(scale.shape)
+
+
+def differentiate_twice(
+    value: Value,
+    inputs: Sequence[Optional],
+    upstream: Sequence[Tensor],
+    cotangents: Sequence[Optional],
+    needs: Sequence[bool],
+) -> tuple[list[Optional], list[Optional]]:
+    """Backward of (inputs, upstream) -> gradients of Σ upstream · value(inputs), by autograd.
+
+    Returns the gradients of ``inputs`` and of ``upstream``.
+    """
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        weights = [u.detach().requires_grad_() for u in upstream]
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
+        first = torch.autograd.grad(
+            value(*leaves),  # type: ignore[arg-type]
+            wanted,
+            weights,
+            create_graph=True,
+            allow_unused=True,
+        )
+        given = [c for c, t, n in zip(cotangents, leaves, needs, strict=True) if t is not None and n]
+        pairs = [(f, c) for f, c in zip(first, given, strict=True) if f is not None and c is not None]
+        present = [t for t in leaves if t is not None]
+        second = torch.autograd.grad(
+            [f for f, _ in pairs],
+            [*present, *weights],
+            [c.to(f.dtype) for f, c in pairs],
+            allow_unused=True,
+        )
+    found = iter(second[: len(present)])
+    return [None if t is None else next(found) for t in leaves], list(second[len(present) :])
+
+
+class LogitsStatistics(torch.autograd.Function):
+    """Statistics of logits that exist; backward reads them again."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        names: list[str],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        spec = (logits, target, class_vector, teacher, names, backend)
+        return tuple(torch.ops.lossops.logits_statistics(*spec))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, names, backend = inputs
+        ctx.static = (names, backend)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(
+            *(o for o, n in zip(output, outputs(names), strict=True) if n in NO_GRADIENT)
+        )
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional) -> tuple[Any, ...]:
+        names, backend = ctx.static
+        z, target, class_vector, teacher, *stats = ctx.saved_tensors
+        pairs = zip(grads, outputs(names), strict=True)
+        coefficients = [None if n in NO_GRADIENT else g for g, n in pairs]
+        if all(c is None for c in coefficients):
+            return (None,) * 6
+        spec = (z, target, class_vector, teacher, names)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = reference.logits_statistics(*spec)
+            used = [(f, c) for f, c in zip(found, coefficients, strict=True) if c is not None]
+            values, weights = zip(*used, strict=True)
+            dz = torch.autograd.grad(values, z, weights, create_graph=True)[0]
+        else:
+            dz = torch.ops.lossops.logits_gradient(*spec, stats, coefficients, backend)
+        return (dz, *(None,) * 5)
+
+
+class LogitsGradientInPlace(torch.autograd.Function):
+    """Summed cross-entropy whose forward overwrites the logits with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        nll: Optional,
+        lse: Optional,
+        smooth: Optional,
+        taught: Optional,
+        square: Optional,
+        names: list[str],
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        primitives = backends.select(backend, logits.device, logits.dtype).primitives()
+        ops.check_target(target, logits.shape[1])
+        spec = (target, class_vector, teacher, names)
+        stats = primitives.logits_statistics(logits, *spec)
+        order = outputs(names)
+        losses, coefficients, argmax = cross_entropy_rows(
+            dict(zip(order, stats, strict=True)),
+            CrossEntropyTerms(nll, lse, smooth, taught, square),
+            target,
+            logits.shape[1],
+        )
+        ctx.gradient = logits.detach()
+        given = [coefficients.get(n) for n in order]
+        primitives.logits_gradient(ctx.gradient, *spec, stats, given, ctx.gradient)
+        torch.autograd.graph.increment_version(logits)  # whoever saved the logits must notice
+        argmax = logits.new_empty(0) if argmax is None else argmax
+        ctx.mark_non_differentiable(argmax)
+        return losses.sum(), argmax
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "cross_entropy(inplace=True) gave its gradient away in the first backward; "
+                "a second one needs inplace=False"
+            )
+        dz, ctx.gradient = ctx.gradient, None
+        return (dz.mul_(g), *(None,) * 10)

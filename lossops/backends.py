@@ -1,0 +1,122 @@
+"""Who can run a call, and why not.
+
+A backend is a module with the functions of `lossops.reference`. ``auto`` takes the first backend
+of ``BACKENDS`` without an objection; naming one that cannot run the call raises its objection.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from lossops import switches
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps lossops"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the primitives.
+
+    Attributes:
+        name: what users pass as ``backend=``.
+        objection: why it cannot run on a device with a dtype, a sentence, or None.
+        primitives: returns the module; called only where there is no objection.
+    """
+
+    name: str
+    objection: Callable[[torch.device, torch.dtype], str | None]
+    primitives: Callable[[], ModuleType]
+
+
+def cpu_module_names() -> tuple[str, ...]:
+    """Compiled modules this processor can run, best first; follows ATEN_CPU_CAPABILITY."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    ladder = ("avx512", "avx2", "default")
+    best = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
+    return tuple(f"lossops._cpu_{name}" for name in ladder[best:])
+
+
+@functools.cache
+def load_cpu_module() -> ModuleType | str:
+    """The compiled module for this processor, or the sentence that says why there is none."""
+    names = cpu_module_names()
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            return f"the compiled extension {name} does not load ({error}); rebuild it: {REBUILD}"
+        if module.torch_version != torch.__version__.split("+")[0]:
+            return (
+                f"the compiled extension was built for torch {module.torch_version}, this is "
+                f"{torch.__version__}; rebuild it: {REBUILD}"
+            )
+        return module
+    return f"no compiled extension ({names[0]}) is installed; build it with a C++ compiler: {REBUILD}"
+
+
+def _any_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype in DTYPES:
+        return None
+    return f"inputs must be {', '.join(str(d) for d in DTYPES)}, got {dtype}"
+
+
+def _cpp_objection(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ backend runs on CPU tensors, got {device.type}"
+    if sentence := _any_dtype(device, dtype):
+        return sentence
+    module = load_cpu_module()
+    return module if isinstance(module, str) else None
+
+
+def _cpp_primitives() -> ModuleType:
+    module = load_cpu_module()
+    assert not isinstance(module, str)
+    return module
+
+
+def _reference_primitives() -> ModuleType:
+    from lossops import reference
+
+    return reference
+
+
+BACKENDS: dict[str, Backend] = {
+    "cpp": Backend("cpp", _cpp_objection, _cpp_primitives),
+    "reference": Backend("reference", _any_dtype, _reference_primitives),
+}
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that runs this call.
+
+    Args:
+        name: ``"auto"`` or a key of ``BACKENDS``.
+        device: device of the inputs.
+        dtype: dtype of the inputs.
+
+    Raises:
+        ValueError: unknown name, or the named backend's objection.
+    """
+    if name == "auto":
+        name = switches.default_backend()
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
+        if sentence := BACKENDS[name].objection(device, dtype):
+            raise ValueError(f"backend {name!r} cannot run this call: {sentence}")
+        return BACKENDS[name]
+    for backend in BACKENDS.values():
+        if backend.objection(device, dtype) is None:
+            return backend
+    raise ValueError(f"no backend can run this call: {_any_dtype(device, dtype)}")

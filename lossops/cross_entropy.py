@@ -1,0 +1,508 @@
+"""Cross-entropy over many classes, from a linear head or from logits that exist.
+
+    loss_n = -log softmax(z_n)[y_n],  z = softcap · tanh((logit_scale · x wᵀ + b) / softcap)
+
+with class weights, label smoothing, class probabilities as targets and a penalty on logsumexp²;
+the formulas and their gradients are in `lossops.recipes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossops import backends
+from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics
+from lossops.inputs import (
+    HeadInputs,
+    check_devices,
+    check_reduction,
+    class_ids,
+    class_weight,
+    head_inputs,
+    row_weight,
+)
+from lossops.linear import head_statistics, planned_rows, reduced, row_factors
+from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
+from lossops.reference import accumulate_dtype
+from lossops.schedules import LinearLossOptions
+from lossops.statistics import RowStatistics, canonical, outputs as statistic_outputs
+
+OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct")
+
+
+class CrossEntropyOutput(NamedTuple):
+    """Loss and the outputs asked for, each of the target's shape; None where not asked."""
+
+    loss: Tensor
+    logsumexp: Tensor | None = None
+    log_prob: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    correct: Tensor | None = None
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    options: Any = None,
+    backend: str = "auto",
+    outputs: Collection[str] = (),
+) -> Tensor | CrossEntropyOutput:
+    """Cross-entropy of a linear head, the logits never stored as a whole.
+
+    loss = Σ_n u_n [(1 - ε) (-log p_n,y) + ε mean_j (-log p_nj)] / Σ_n u_n + penalty,
+    u_n = sample_weight_n · weight[y_n], penalty = lse_square_scale · logsumexp_n²
+
+    A superset of ``torch.nn.functional.linear_cross_entropy``: any call there works here, except
+    that the loss of half-precision inputs is float32, and 0 where all rows are ignored.
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D); (V, d_1, ..., d_K, D) goes through PyTorch.
+        target: class ids (...), int64, or class probabilities (..., V), floating point.
+        linear_bias: b, (V,). Default: ``None``.
+        weight: class weights, (V,). Default: ``None``.
+        sample_weight: row weights, (...), differentiable. Default: ``None``.
+        reduction: ``"mean"`` (over Σ u_n), ``"sum"`` or ``"none"``. Default: ``'mean'``.
+        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        label_smoothing: ε in [0, 1]. Default: ``0.0``.
+        logit_scale: factor of x·w, a number or a one-element tensor, differentiable.
+            Default: ``None``.
+        softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
+        lse_square_scale: factor of the squared logsumexp over all classes (the "z-loss" of
+            language models); class weights leave it alone. Default: ``0.0``.
+        options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        outputs: further results of the same pass, among ``logsumexp``, ``log_prob``, ``entropy``
+            (differentiable; two sweeps), ``argmax``, ``correct``. Default: ``()``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs). With
+        ``outputs`` a `CrossEntropyOutput`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Extra memory, in bytes, beyond inputs and gradients: one sweep a chunk of logits of at most
+        112 MiB, and 4·D·(N + V) of accumulators for half precision, all within
+        ``max_workspace_bytes``; two sweeps 4·N·D for dx of half precision and tiles of at most
+        about 64 MiB. Same bits for the same inputs, threads and build.
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(4, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+        >>> loss = lossops.linear_cross_entropy(x, w, torch.tensor([3, 1, 4, -100]))
+        >>> loss.backward()
+        >>> w.grad.shape
+        torch.Size([100, 8])
+    """
+    check_reduction(reduction)
+    _check_outputs(outputs)
+    if linear_weight.ndim > 2:
+        return _k_dimensional(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale, outputs),
+        )  # fmt: skip
+    opts = options if isinstance(options, LinearLossOptions) else LinearLossOptions()
+    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    if _differentiates(target):
+        return _through_reference(
+            head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
+            lse_square_scale, outputs,
+        )  # fmt: skip
+    task = _Task.build(
+        target, head.lead, head.w.shape[0], head, weight, sample_weight, ignore_index,
+        label_smoothing, lse_square_scale, outputs,
+    )  # fmt: skip
+    chosen = backends.select(backend, head.x.device, head.x.dtype).name
+    diff = (head.x, head.w, head.b, head.scale)
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in diff)
+    single = (
+        reduction != "none"
+        and not set(outputs) & {"logsumexp", "log_prob", "entropy"}
+        and not any(t is not None and t.requires_grad for t in task.terms)
+    )
+    rows = planned_rows(head, opts) if wants and single else None
+    if opts.schedule == "one_sweep" and wants and rows is None:
+        raise ValueError(
+            "schedule='one_sweep' needs reduction 'mean' or 'sum', no differentiable outputs and "
+            "weights without gradient; use schedule='auto'"
+        )
+    if rows is not None:
+        total, argmax, *_ = LinearCrossEntropy.apply(
+            *diff, task.ids, task.class_vector, task.teacher, *task.terms, head.softcap,
+            list(task.names), [t is not None and t.requires_grad for t in diff], rows, chosen,
+        )  # fmt: skip
+        loss = total if reduction == "sum" else total / task.divisor
+        return task.finish(loss, None, argmax, outputs)
+    stats = head_statistics(head, task.ids, task.names, task.class_vector, task.teacher, chosen)
+    return task.reduce(stats, reduction, outputs)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    backend: str = "auto",
+    outputs: Collection[str] = (),
+    inplace: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Cross-entropy on logits that exist already, classes in the last dim.
+
+    The formula is that of `linear_cross_entropy`, z = logits.
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), int64, or class probabilities (..., V).
+        weight: class weights, (V,). Default: ``None``.
+        sample_weight: row weights, (...), differentiable. Default: ``None``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
+        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        label_smoothing: ε in [0, 1]. Default: ``0.0``.
+        lse_square_scale: factor of the squared logsumexp. Default: ``0.0``.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        outputs: as in `linear_cross_entropy`. Default: ``()``.
+        inplace: overwrite ``logits`` with their gradient, which then needs no memory and allows
+            one backward; for a contiguous non-leaf ``logits`` and a scalar loss. Default: ``False``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits). With
+        ``outputs`` a `CrossEntropyOutput`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.cross_entropy(z, torch.tensor([0]))
+        tensor(1.4201)
+    """
+    check_reduction(reduction)
+    _check_outputs(outputs)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 1:
+        raise TypeError(
+            "logits must be a floating point tensor (..., V), got "
+            f"{logits.dtype if isinstance(logits, Tensor) else type(logits).__name__}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError("logits must have at least one class, got shape (..., 0)")
+    lead, v = logits.shape[:-1], logits.shape[-1]
+    z = logits.reshape(-1, v)
+    head = HeadInputs(z, z, None, None, 0.0, lead)
+    if _differentiates(target):
+        return _through_reference(
+            head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
+            lse_square_scale, outputs, logits=True,
+        )  # fmt: skip
+    task = _Task.build(
+        target, lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
+        lse_square_scale, outputs,
+    )  # fmt: skip
+    chosen = backends.select(backend, z.device, z.dtype).name
+    spec = (task.ids, task.class_vector, task.teacher)
+    if inplace:
+        _check_inplace(logits, z, reduction, outputs, task.terms)
+    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+        total, argmax = LogitsGradientInPlace.apply(
+            z, *spec, *task.terms, list(task.names), chosen
+        )
+        loss = total if reduction == "sum" else total / task.divisor
+        return task.finish(loss, None, argmax, outputs)
+    found = LogitsStatistics.apply(z, *spec, list(task.names), chosen)
+    values = dict(zip(statistic_outputs(task.names), found, strict=True))
+    return task.reduce(RowStatistics(values, v), reduction, outputs)
+
+
+class _Task(NamedTuple):
+    """One cross-entropy call: what to collect, the row factors of its terms, the divisor."""
+
+    ids: Tensor | None  # (N, 1), -1 where ignored
+    teacher: Tensor | None  # (N, V)
+    class_vector: Tensor | None  # (V,)
+    names: tuple[str, ...]
+    terms: CrossEntropyTerms
+    divisor: Tensor
+    lead: torch.Size
+
+    @staticmethod
+    def build(
+        target: Tensor,
+        lead: torch.Size,
+        v: int,
+        head: HeadInputs,
+        weight: Tensor | None,
+        sample_weight: Tensor | None,
+        ignore_index: int | None,
+        label_smoothing: float,
+        lse_square_scale: float,
+        outputs: Collection[str],
+    ) -> _Task:
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        x, eps = head.x, label_smoothing
+        check_devices(x, target=target)
+        a = class_weight(weight, v, x)
+        rows = row_weight(sample_weight, lead, x)
+        ones = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype))
+        each = ones if rows is None else rows
+        smooth = lse = taught = nll = teacher = ids = None
+        if eps:
+            smooth = each * eps if a is None else each * (eps / v)
+            lse = smooth if a is None else smooth * a.sum()
+        if target.is_floating_point():
+            teacher = _probabilities(target, lead, v, ignore_index)
+            total = teacher.to(ones.dtype).sum(1) if a is None else teacher.to(a.dtype) @ a
+            taught = each * (1 - eps)
+            lse = taught * total if lse is None else lse + taught * total
+            _, divisor = row_factors(None, rows, None, head)
+        else:
+            ids = class_ids(target, lead, v, ignore_index)
+            u, divisor = row_factors(ids, rows, a, head)
+            nll = (ones if u is None else u) * (1 - eps)
+        square = each * lse_square_scale if lse_square_scale else None
+        names = ["lse", "target"] if ids is not None else ["lse", "teacher"]
+        if eps:
+            names.append("sum" if a is None else "weighted_sum")
+        if {"argmax", "correct"} & set(outputs):
+            names.append("max")
+        if "entropy" in outputs:
+            names.append("entropy")
+        used = a if "weighted_sum" in names or teacher is not None else None
+        terms = CrossEntropyTerms(nll, lse, smooth, taught, square)
+        return _Task(ids, teacher, used, canonical(names), terms, divisor, lead)
+
+    def reduce(
+        self, stats: RowStatistics, reduction: str, outputs: Collection[str]
+    ) -> Tensor | CrossEntropyOutput:
+        """The loss, and outputs, from differentiable statistics of all rows."""
+        values = dict(stats.values)
+        argmax = None
+        if "argmax" in values:
+            argmax = overall_argmax(values, self.ids)
+        if self.ids is not None:
+            active = self.ids[:, 0] >= 0
+            values["target"] = torch.where(active, values["target"].squeeze(1), 0.0)
+            single = RowStatistics({**values, "lse": torch.where(active, values["lse"], 0.0)},
+                                   stats.num_classes)  # fmt: skip
+            losses = torch.where(active, cross_entropy_losses(single, self.terms), 0.0)
+        else:
+            losses = cross_entropy_losses(RowStatistics(values, stats.num_classes), self.terms)
+        loss = reduced(losses, self.divisor, reduction, self.lead)
+        return self.finish(loss, RowStatistics(values, stats.num_classes), argmax, outputs)
+
+    def finish(
+        self,
+        loss: Tensor,
+        stats: RowStatistics | None,
+        argmax: Tensor | None,
+        outputs: Collection[str],
+    ) -> Tensor | CrossEntropyOutput:
+        """The loss alone, or with the outputs asked for in the target's shape."""
+        if not outputs:
+            return loss
+        found: dict[str, Tensor] = {}
+        if argmax is not None:
+            found["argmax"] = argmax.reshape(self.lead)
+            if self.ids is not None:
+                found["correct"] = (argmax == self.ids[:, 0]).reshape(self.lead)
+        if stats is not None:
+            if "logsumexp" in outputs:
+                found["logsumexp"] = self._all_classes(stats, "logsumexp")
+            if "entropy" in outputs:
+                found["entropy"] = self._all_classes(stats, "entropy")
+            if "log_prob" in outputs and self.ids is not None:
+                active = self.ids[:, 0] >= 0
+                found["log_prob"] = torch.where(active, stats.log_p, 0.0).reshape(self.lead)
+        if (missing := set(outputs) - found.keys()) and self.ids is None:
+            raise ValueError(f"outputs {sorted(missing)} need class ids as targets, got probabilities")
+        return CrossEntropyOutput(loss, **{n: t for n, t in found.items() if n in outputs})
+
+    def _all_classes(self, stats: RowStatistics, name: str) -> Tensor:
+        """logsumexp or entropy over all classes; of an ignored row, whose target is a dummy, too."""
+        value: Tensor = getattr(stats, name)
+        if self.ids is not None:
+            rest = RowStatistics({k: t for k, t in stats.values.items() if k != "target"},
+                                 stats.num_classes)  # fmt: skip
+            value = torch.where(self.ids[:, 0] >= 0, value, getattr(rest, name))
+        return value.reshape(self.lead)
+
+
+def _check_outputs(outputs: Collection[str]) -> None:
+    if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
+        raise ValueError(f"outputs must be names among {', '.join(OUTPUTS)}, got {outputs!r}")
+
+
+def _probabilities(
+    target: Tensor, lead: torch.Size, num_classes: int, ignore_index: int | None
+) -> Tensor:
+    if ignore_index is not None:
+        raise ValueError(
+            f"ignore_index applies to class ids, got {ignore_index} with class probabilities; "
+            "give those rows sample_weight 0"
+        )
+    if target.shape != (*lead, num_classes):
+        raise ValueError(
+            f"target probabilities must have shape {(*lead, num_classes)}, "
+            f"got {tuple(target.shape)}"
+        )
+    return target.reshape(-1, num_classes)
+
+
+def _differentiates(target: Tensor) -> bool:
+    return target.is_floating_point() and target.requires_grad and torch.is_grad_enabled()
+
+
+def _through_reference(
+    head: HeadInputs,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    lse_square_scale: float,
+    outputs: Collection[str],
+    logits: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Class probabilities that want a gradient: plain autograd on stored logits."""
+    from lossops import reference
+
+    v = head.w.shape[1] if logits else head.w.shape[0]
+    task = _Task.build(
+        target, head.lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
+        lse_square_scale, outputs,
+    )  # fmt: skip
+    z = head.x if logits else reference.linear_logits(*head[:5])
+    found = reference.logits_statistics(z, None, task.class_vector, task.teacher, task.names)
+    values = dict(zip(statistic_outputs(task.names), found, strict=True))
+    return task.reduce(RowStatistics(values, v), reduction, outputs)
+
+
+def _k_dimensional(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    extras: tuple[Any, ...],
+) -> Tensor:
+    """Weights (V, d_1, ..., d_K, D): PyTorch's own function, which stores the logits."""
+    if any(e is not None and e != 0.0 and e != () for e in extras):
+        raise ValueError(
+            "sample_weight, logit_scale, softcap, lse_square_scale and outputs need linear_weight "
+            f"of shape (V, D), got {tuple(linear_weight.shape)}"
+        )
+    return F.linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+def _check_inplace(
+    logits: Tensor,
+    z: Tensor,
+    reduction: str,
+    outputs: Collection[str],
+    terms: CrossEntropyTerms,
+) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("inplace=True is not available under torch.compile; leave it out there")
+    if logits.requires_grad and logits.is_leaf and torch.is_grad_enabled():
+        raise ValueError("inplace=True would overwrite a leaf that wants a gradient; pass a result")
+    if z.data_ptr() != logits.data_ptr() or z.stride(-1) != 1:
+        raise ValueError(f"inplace=True needs contiguous logits, got strides {logits.stride()}")
+    if reduction == "none" or set(outputs) - {"argmax", "correct"}:
+        raise ValueError(
+            "inplace=True needs reduction 'mean' or 'sum' and no differentiable outputs, got "
+            f"reduction={reduction!r}, outputs={tuple(outputs)}"
+        )
+    if any(t is not None and t.requires_grad for t in terms):
+        raise ValueError("inplace=True does not differentiate weights; detach them")
+
+
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    softcap: float | None = None,
+    entropy: bool = False,
+    ignore_index: int | None = None,
+    options: LinearLossOptions | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the entropy of its row, differentiable.
+
+    log p_n = z_n,y - logsumexp(z_n)      H_n = -Σ_j p_nj log p_nj
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), int64.
+        linear_bias: b, (V,). Default: ``None``.
+        logit_scale: factor of x·w (1 / temperature), a number or a one-element tensor.
+            Default: ``None``.
+        softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
+        entropy: also return the entropy in nats. Default: ``False``.
+        ignore_index: target id of ignored rows, whose results are 0; None means -100.
+            Default: ``None``.
+        options: how it is computed. Default: ``None``.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+
+    Returns:
+        (...) float32 (float64 for float64 inputs), or ``(log_prob, entropy)``.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Two sweeps, 4 GEMMs with gradients, 1 without; no (N, V) tensor.
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(4, 8), torch.randn(100, 8)
+        >>> lossops.linear_log_prob(x, w, torch.tensor([3, 1, 4, 1])).shape
+        torch.Size([4])
+    """
+    names = ("lse", "target", "entropy") if entropy else ("lse", "target")
+    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    ids = class_ids(target, head.lead, linear_weight.shape[0], ignore_index)
+    check_devices(head.x, target=target)
+    stats = head_statistics(head, ids, canonical(names), None, None, backend)
+    active = ids[:, 0] >= 0
+    values = {n: t if n == "shift" else torch.where(active, t.reshape(active.shape), 0.0)
+              for n, t in stats.values.items()}  # fmt: skip
+    rows = RowStatistics(values, stats.num_classes)
+    log_prob = torch.where(active, rows.log_p, 0.0).reshape(head.lead)
+    if not entropy:
+        return log_prob
+    return log_prob, torch.where(active, rows.entropy, 0.0).reshape(head.lead)

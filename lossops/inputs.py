@@ -1,0 +1,158 @@
+"""Checks and layouts shared by every public function: what comes in, as the engine takes it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lossops.reference import accumulate_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class HeadInputs(NamedTuple):
+    """Checked inputs of a linear head: x (N, D), w (V, D), b (V,), scale (), softcap 0 for none."""
+
+    x: Tensor
+    w: Tensor
+    b: Tensor | None
+    scale: Tensor | None
+    softcap: float
+    lead: torch.Size
+
+
+def head_inputs(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logit_scale: float | Tensor | None,
+    softcap: float | None,
+) -> HeadInputs:
+    """Check, apply autocast, bring to one dtype, flatten leading dims.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or not floating point.
+        ValueError: shapes, devices or options that do not fit.
+    """
+    for name, t in (("input", input), ("linear_weight", linear_weight)):
+        _check_float(name, t)
+    if linear_weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            "linear_weight must have shape (V, D) with D the last dim of input, got input "
+            f"{tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
+        )
+    v, dim = linear_weight.shape
+    if v == 0:
+        raise ValueError("linear_weight must have at least one class, got shape (0, D)")
+    if linear_bias is not None:
+        _check_float("linear_bias", linear_bias)
+        if linear_bias.shape != (v,):
+            raise ValueError(f"linear_bias must have shape ({v},), got {tuple(linear_bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be None or positive, got {softcap}")
+    scale = _scale(logit_scale, input)
+    check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
+    x, w, b = _one_dtype(input, linear_weight, linear_bias)
+    return HeadInputs(x.reshape(-1, dim), w, b, scale, float(softcap or 0.0), input.shape[:-1])
+
+
+def class_ids(
+    target: Tensor,
+    lead: torch.Size,
+    num_classes: int,
+    ignore_index: int | None,
+    *,
+    several: bool = False,
+) -> Tensor:
+    """Target ids as (N, K) int64, -1 where there is none; what is out of range becomes V.
+
+    With ``several``, a target of shape (..., K) is padded with -1 and a repeated id counts once.
+    """
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"target must hold integer class ids, got {target.dtype}")
+    ids = target.to(torch.int64)
+    if several and target.ndim == len(lead) + 1 and target.shape[:-1] == lead:
+        ids = ids.reshape(-1, target.shape[-1])
+        ids = torch.where(ids < -1, num_classes, ids)
+        same = ids.unsqueeze(2) == ids.unsqueeze(1)  # (N, K, K)
+        again = same.tril(-1).any(2)
+        return torch.where(again, -1, ids)
+    if target.shape != lead:
+        raise ValueError(
+            f"target must have shape {tuple(lead)} (input without its last dim), "
+            f"got {tuple(target.shape)}"
+        )
+    ids = ids.reshape(-1, 1)
+    ignored = ids == (-100 if ignore_index is None else ignore_index)
+    return torch.where(ignored, -1, torch.where(ids < 0, num_classes, ids))
+
+
+def class_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
+    """Class weights (V,) checked, in the accumulate dtype of ``like``."""
+    if weight is None:
+        return None
+    _check_float("weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(f"weight must have shape ({num_classes},), got {tuple(weight.shape)}")
+    check_devices(like, weight=weight)
+    return weight.to(accumulate_dtype(like.dtype))
+
+
+def row_weight(weight: Tensor | None, lead: torch.Size, like: Tensor) -> Tensor | None:
+    """Row weights flattened to (N,), in the accumulate dtype of ``like``."""
+    if weight is None:
+        return None
+    _check_float("sample_weight", weight)
+    if weight.shape != lead:
+        raise ValueError(
+            f"sample_weight must have shape {tuple(lead)} (input without its last dim), "
+            f"got {tuple(weight.shape)}"
+        )
+    check_devices(like, sample_weight=weight)
+    return weight.reshape(-1).to(accumulate_dtype(like.dtype))
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise a ValueError for an unknown reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_devices(input: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError unless all tensors are on the device of ``input``."""
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise ValueError(f"{name} must be on the device of input, {input.device}, got {t.device}")
+
+
+def _check_float(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {t.dtype}")
+
+
+def _scale(logit_scale: float | Tensor | None, input: Tensor) -> Tensor | None:
+    if logit_scale is None:
+        return None
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(
+                f"logit_scale must be a number or one element, got {tuple(logit_scale.shape)}"
+            )
+        return logit_scale.reshape(())
+    dtype = accumulate_dtype(input.dtype)
+    return torch.full((), float(logit_scale), dtype=dtype, device=input.device)
+
+
+def _one_dtype(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Autocast's dtype where it is on (float64 stays), else the widest of the three."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(x.dtype, w.dtype)
+        dtype = dtype if b is None else torch.promote_types(dtype, b.dtype)
+    return x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)

@@ -1,0 +1,138 @@
+"""nn.Module faces of the functions; arguments are those of the functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossops import cross_entropy as _ce
+from lossops import linear as _linear
+
+
+class _LinearHead(nn.Module):
+    """A weight (V, D) and perhaps a bias (V,), initialised as in ``torch.nn.Linear``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.num_classes = in_features, num_classes
+        self.options = options
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.linear_weight = nn.Parameter(torch.empty(num_classes, in_features, **kwargs))
+        self.linear_bias: nn.Parameter | None = None
+        if bias:
+            self.linear_bias = nn.Parameter(torch.empty(num_classes, **kwargs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±1/√D, as ``torch.nn.Linear``."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        bias = self.linear_bias is not None
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={bias}{options}"
+        )
+
+
+class LinearCrossEntropyLoss(_LinearHead):
+    """`lossops.linear_cross_entropy` with its own weight.
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        bias: whether there is a bias (V,). Default: ``False``.
+        device, dtype: of the parameters.
+        weight: class weights, kept as a buffer.
+        options: keywords of `lossops.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.LinearCrossEntropyLoss(8, 100, label_smoothing=0.1)
+        >>> head(torch.randn(4, 8), torch.tensor([3, 1, 4, 1])).shape
+        torch.Size([])
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, weight: Tensor | None = None, **options: Any
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        self.register_buffer("weight", weight)
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        """Loss of ``input`` (..., D) and ``target``; keywords override those of the module."""
+        return _ce.linear_cross_entropy(
+            input,
+            self.linear_weight,
+            target,
+            linear_bias=self.linear_bias,
+            weight=self.weight,
+            **{**self.options, **options},
+        )
+
+
+class LinearLogProb(_LinearHead):
+    """`lossops.linear_log_prob` with its own weight; keywords are those of the function."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Any:
+        """log p of ``target`` (...), or with the entropy."""
+        return _ce.linear_log_prob(
+            input, self.linear_weight, target, linear_bias=self.linear_bias, **self.options
+        )
+
+
+class LinearLoss(_LinearHead):
+    """`lossops.linear_loss` with its own weight; ``loss_fn`` may be a module with parameters."""
+
+    def __init__(
+        self, in_features: int, num_classes: int, loss_fn: Callable[..., Tensor], **options: Any
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        self.loss_fn = loss_fn
+
+    def forward(self, input: Tensor, target: Tensor | None, **row_inputs: Tensor) -> Tensor:
+        """Loss of ``input`` (..., D) and ``target``; further tensors go to ``loss_fn`` by row."""
+        parameters = tuple(self.loss_fn.parameters()) if isinstance(self.loss_fn, nn.Module) else ()
+        return _linear.linear_loss(
+            input,
+            self.linear_weight,
+            target,
+            self.loss_fn,
+            row_inputs=row_inputs,
+            parameters=parameters,
+            linear_bias=self.linear_bias,
+            **self.options,
+        )
+
+
+class CrossEntropyLoss(nn.Module):
+    """`lossops.cross_entropy`, classes in the last dim; keywords are those of the function."""
+
+    weight: Tensor | None
+
+    def __init__(self, *, weight: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Any:
+        """Loss of ``logits`` (..., V) and ``target``."""
+        return _ce.cross_entropy(logits, target, weight=self.weight, **self.options)

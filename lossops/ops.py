@@ -1,0 +1,262 @@
+"""torch.library schemas, their implementations and fakes. No autograd here: see `lossops.linear`.
+
+Each op runs a whole schedule, so a compiler sees one node. Tensors that are not wanted come back
+empty. Schemas are one for all backends; the ``backend`` argument says who computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lossops import backends
+from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
+from lossops.reference import accumulate_dtype
+from lossops.schedules import (
+    Head,
+    Needs,
+    flatten_none,
+    one_sweep,
+    two_sweeps_gradient,
+)
+from lossops.statistics import INDEX_OUTPUTS, outputs
+
+HEAD = (
+    "Tensor x, Tensor w, Tensor? b, Tensor? scale, float softcap, Tensor? target, "
+    "Tensor? class_vector, Tensor? teacher, str[] names"
+)
+LOGITS = "Tensor logits, Tensor? target, Tensor? class_vector, Tensor? teacher, str[] names"
+TERMS = "Tensor? nll, Tensor? lse, Tensor? smooth, Tensor? taught, Tensor? square"
+
+library = torch.library.Library("lossops", "DEF")
+library.define(f"linear_statistics({HEAD}, str backend) -> Tensor[]")
+library.define(
+    f"linear_gradient({HEAD}, Tensor[] statistics, Tensor?[] coefficients, bool[] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    f"linear_cross_entropy({HEAD}, {TERMS}, bool[] needs, int chunk_rows, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(f"logits_statistics({LOGITS}, str backend) -> Tensor[]")
+library.define(
+    f"logits_gradient({LOGITS}, Tensor[] statistics, Tensor?[] coefficients, str backend)"
+    " -> Tensor"
+)
+
+HeadArguments = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    float,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    list[str],
+]
+
+
+def _primitives(backend: str, x: Tensor) -> ModuleType:
+    return backends.select(backend, x.device, x.dtype).primitives()
+
+
+def check_target(target: Tensor | None, num_classes: int) -> None:
+    """Raise an IndexError for ids outside [-1, V) of a CPU tensor; other devices are not synced."""
+    if target is None or target.device.type != "cpu" or not target.numel():
+        return
+    low, high = (int(t) for t in torch.aminmax(target))
+    if low < -1 or high >= num_classes:
+        raise IndexError(
+            f"target must hold class ids in [0, {num_classes}) or ignore_index, got one that is "
+            f"{'negative' if low < -1 else f'{high}'}"
+        )
+
+
+def _linear_statistics(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: list[str],
+    backend: str,
+) -> list[Tensor]:
+    check_target(target, w.shape[0])
+    head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
+    return _primitives(backend, x).linear_statistics(*head)
+
+
+def _linear_gradient(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: list[str],
+    statistics: list[Tensor],
+    coefficients: list[Tensor | None],
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
+    found = two_sweeps_gradient(
+        head, statistics, coefficients, Needs(*needs), _primitives(backend, x)
+    )
+    return tuple(flatten_none(found, x))
+
+
+def _linear_cross_entropy(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: list[str],
+    nll: Tensor | None,
+    lse: Tensor | None,
+    smooth: Tensor | None,
+    taught: Tensor | None,
+    square: Tensor | None,
+    needs: list[bool],
+    chunk_rows: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    check_target(target, w.shape[0])
+    head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
+    terms = CrossEntropyTerms(nll, lse, smooth, taught, square)
+    order = outputs(names)
+    argmax = x.new_full((x.shape[0],), -1, dtype=torch.int64) if "argmax" in order else None
+
+    def row_function(
+        stats: list[Tensor], rows: slice | Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        found = dict(zip(order, stats, strict=True))
+        losses, coefficients, best = cross_entropy_rows(
+            found, terms.rows(rows), None if target is None else target[rows], w.shape[0]
+        )
+        if argmax is not None and best is not None:
+            argmax[rows] = best
+        return losses, [coefficients.get(name) for name in order]
+
+    index = None
+    if target is not None and x.device.type == "cpu" and argmax is None:
+        counted = (target[:, 0] >= 0).nonzero().squeeze(1)  # ignored rows cost nothing
+        index = counted if counted.shape[0] < x.shape[0] else None
+    wanted = [o for o in order if o not in ("shift", "max", *INDEX_OUTPUTS)]
+    losses, gradients = one_sweep(
+        head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index
+    )
+    return tuple(flatten_none([losses.sum(), argmax, *gradients], x))
+
+
+def _logits_statistics(
+    logits: Tensor,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: list[str],
+    backend: str,
+) -> list[Tensor]:
+    check_target(target, logits.shape[1])
+    found: list[Tensor] = _primitives(backend, logits).logits_statistics(
+        logits, target, class_vector, teacher, names
+    )
+    return found
+
+
+def _logits_gradient(
+    logits: Tensor,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: list[str],
+    statistics: list[Tensor],
+    coefficients: list[Tensor | None],
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _primitives(backend, logits).logits_gradient(
+        logits, target, class_vector, teacher, names, statistics, coefficients, out
+    )
+    return out
+
+
+def _fake_statistics(x: Tensor, target: Tensor | None, names: Sequence[str]) -> list[Tensor]:
+    acc, n = accumulate_dtype(x.dtype), x.shape[0]
+    found = []
+    for name in outputs(names):
+        if name == "target":
+            assert target is not None
+            found.append(x.new_empty(n, target.shape[1], dtype=acc))
+        else:
+            dtype = torch.int64 if name in INDEX_OUTPUTS else acc
+            found.append(x.new_empty(n, dtype=dtype))
+    return found
+
+
+def _fake_linear_statistics(*args: object) -> list[Tensor]:
+    x, target, names = args[0], args[5], args[8]
+    return _fake_statistics(x, target, names)  # type: ignore[arg-type]
+
+
+def _fake_logits_statistics(*args: object) -> list[Tensor]:
+    logits, target, names = args[0], args[1], args[4]
+    return _fake_statistics(logits, target, names)  # type: ignore[arg-type]
+
+
+def _fake_linear_gradient(
+    x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    needs = Needs(*rest[-2])  # type: ignore[misc]
+    acc = accumulate_dtype(x.dtype)
+    none = x.new_empty(0)
+    return (
+        x.new_empty(x.shape) if needs.dx else none,
+        w.new_empty(w.shape) if needs.dw else none.clone(),
+        b.new_empty(b.shape) if needs.db and b is not None else none.clone(),
+        x.new_empty((), dtype=acc) if needs.dscale else none.clone(),
+    )
+
+
+def _fake_linear_cross_entropy(
+    x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    needs, names = Needs(*rest[-3]), rest[4]  # type: ignore[misc]
+    acc = accumulate_dtype(x.dtype)
+    argmax = x.new_empty(x.shape[0] if "max" in names else 0, dtype=torch.int64)  # type: ignore[operator]
+    return (
+        x.new_empty((), dtype=acc),
+        argmax if "max" in names else x.new_empty(0),  # type: ignore[operator]
+        x.new_empty(x.shape if needs.dx else 0, dtype=acc if needs.dx else x.dtype),
+        x.new_empty(w.shape if needs.dw else 0, dtype=acc if needs.dw else x.dtype),
+        x.new_empty(w.shape[0] if needs.db else 0, dtype=acc if needs.db else x.dtype),
+        x.new_empty(() if needs.dscale else 0, dtype=acc if needs.dscale else x.dtype),
+    )
+
+
+def _fake_logits_gradient(logits: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+for _name, _implementation, _fake in (
+    ("linear_statistics", _linear_statistics, _fake_linear_statistics),
+    ("linear_gradient", _linear_gradient, _fake_linear_gradient),
+    ("linear_cross_entropy", _linear_cross_entropy, _fake_linear_cross_entropy),
+    ("logits_statistics", _logits_statistics, _fake_logits_statistics),
+    ("logits_gradient", _logits_gradient, _fake_logits_gradient),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lossops::{_name}", _fake, lib=library)

@@ -1,0 +1,126 @@
+"""Cross-entropy as a function of row statistics, once differentiable and once in closed form.
+
+With t = target, l = lse over the other classes, m the row shift and L = log(e^t + e^l), per row
+
+    loss = -nll log σ(t - l) + lse L - smooth S - taught T + square (L + m)²
+
+    S = z̄ (or Σ a_j z_j with class weights), T = Σ t_j a_j z_j, all relative to m, and
+    p = σ(t - l):   ∂/∂t = -nll (1 - p) + λ p     ∂/∂l = nll (1 - p) + λ (1 - p)
+                    λ = lse + 2 square (L + m)    ∂/∂S = -smooth     ∂/∂T = -taught
+
+The row factors nll, lse, smooth, taught, square hold all weights, so that hard targets, class
+weights, label smoothing, class probabilities and the lse² penalty are one formula.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lossops.statistics import RowStatistics
+
+
+class CrossEntropyTerms(NamedTuple):
+    """Row factors (N,) of the terms of cross-entropy, None where a term is absent."""
+
+    nll: Tensor | None
+    lse: Tensor | None
+    smooth: Tensor | None
+    taught: Tensor | None
+    square: Tensor | None
+
+    def rows(self, rows: slice | Tensor) -> CrossEntropyTerms:
+        """The factors of some of the rows."""
+        return CrossEntropyTerms(*(None if t is None else t[rows] for t in self))
+
+
+def poison(*extremes: Tensor) -> Tensor:
+    """1, or NaN for rows with a +inf or NaN among ``extremes``: PyTorch's loss is NaN there."""
+    factor = torch.ones_like(extremes[0])
+    for value in extremes:
+        factor = factor + 0.0 * value.detach().clamp_min(0.0)
+    return factor
+
+
+def cross_entropy_losses(stats: RowStatistics, terms: CrossEntropyTerms) -> Tensor:
+    """Loss of each row (N,), differentiable in the statistics and the factors."""
+    values = stats.values
+    relative = stats.relative_logsumexp
+    losses = torch.zeros_like(stats.shift)
+    extremes = [values["lse"]]
+    if "target" in values:
+        extremes.append(values["target"])
+    if terms.nll is not None:
+        losses = losses - terms.nll * stats.log_p
+    if terms.lse is not None:
+        losses = losses + terms.lse * relative
+    if terms.smooth is not None:
+        name = "weighted_sum" if "weighted_sum" in values else "average"
+        losses = losses - terms.smooth * values[name]
+    if terms.taught is not None:
+        losses = losses - terms.taught * values["teacher"]
+    if terms.square is not None:
+        losses = losses + terms.square * stats.logsumexp.square()
+    return losses * poison(*extremes)
+
+
+def cross_entropy_rows(
+    values: dict[str, Tensor], terms: CrossEntropyTerms, target: Tensor | None, num_classes: int
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Loss of each row, its coefficients in closed form, and argmax over all classes if collected.
+
+    ``values`` are the tensors of one chunk by output name, ``target`` (R, 1) or None. Rows whose
+    target is -1 have loss 0 and no gradient.
+    """
+    single = dict(values)
+    active = None
+    if target is not None:
+        active = target[:, 0] >= 0
+        single["target"] = torch.where(active, values["target"][:, 0], 0.0)
+        single["lse"] = torch.where(active, values["lse"], 0.0)
+    stats = RowStatistics(single, num_classes)
+    losses = cross_entropy_losses(stats, terms)
+    coefficients: dict[str, Tensor] = {}
+    factor = poison(*(single[n] for n in ("lse", "target") if n in single))
+    slope = None  # λ
+    if terms.lse is not None:
+        slope = terms.lse
+    if terms.square is not None:
+        square = 2 * terms.square * stats.logsumexp
+        slope = square if slope is None else slope + square
+    if active is None:
+        if slope is not None:
+            coefficients["lse"] = slope * factor
+    else:
+        odds = stats.target_minus_lse
+        p, other = torch.sigmoid(odds), torch.sigmoid(-odds)
+        pull = torch.zeros_like(p) if terms.nll is None else terms.nll * other
+        at_target = -pull if slope is None else slope * p - pull
+        at_lse = pull if slope is None else slope * other + pull
+        coefficients["target"] = torch.where(active, at_target * factor, 0.0).unsqueeze(1)
+        coefficients["lse"] = torch.where(active, at_lse * factor, 0.0)
+        losses = torch.where(active, losses, 0.0)
+    if terms.smooth is not None:
+        name = "weighted_sum" if "weighted_sum" in values else "average"
+        coefficients[name] = -terms.smooth * factor
+        if active is not None:
+            coefficients[name] = torch.where(active, coefficients[name], 0.0)
+    if terms.taught is not None:
+        coefficients["teacher"] = -terms.taught * factor
+    best = None
+    if "argmax" in values:
+        best = overall_argmax(values, target)
+    return losses, coefficients, best
+
+
+def overall_argmax(values: dict[str, Tensor], target: Tensor | None) -> Tensor:
+    """argmax over all classes from that over the negatives; ties go to the lowest id."""
+    best = values["argmax"]
+    if target is None:
+        return best
+    y, z = target[:, 0], values["target"].reshape(best.shape)
+    first = (z > values["max"]) | ((z == values["max"]) & (y < best)) | (best < 0)
+    return torch.where(first & (y >= 0), y, best)
+

@@ -1,0 +1,209 @@
+"""The two schedules: how the logits of a head are swept, chunk by chunk. No autograd here.
+
+one sweep    per chunk of R rows: logits, statistics, loss and coefficients, dz in place, then dx
+             and dw. 3 GEMMs, one buffer (R, V), accumulators in float32.
+two sweeps   forward keeps the statistics; backward recomputes the tiles, slabs of classes in the
+             outer loop, so that each slice of dw is one sum over all rows rounded once. 4 GEMMs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lossops.reference import accumulate_dtype
+
+MIB = 2**20
+# A larger buffer than this gained nothing on a CPU, and a chunk of fewer rows reads w too often:
+# below it the fourth GEMM of two sweeps costs less than the traffic of one.
+PREFERRED_BUFFER_BYTES = 112 * MIB
+MIN_CHUNK_ROWS = 96
+
+
+@dataclass(frozen=True)
+class LinearLossOptions:
+    """How a linear loss is computed; never what it computes.
+
+    Attributes:
+        schedule: ``"auto"``, ``"one_sweep"`` (3 GEMMs, a chunk of logits) or ``"two_sweeps"``
+            (4 GEMMs, less memory). ``auto`` takes one sweep where the loss and
+            ``max_workspace_bytes`` allow it. Default: ``"auto"``.
+        max_workspace_bytes: bound on the chunk of logits and the float32 accumulators of half
+            precision gradients, in bytes. Default: ``536870912``.
+        chunk_rows: rows per chunk of one sweep; None chooses them. Default: ``None``.
+    """
+
+    schedule: str = "auto"
+    max_workspace_bytes: int = 512 * MIB
+    chunk_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = ("auto", "one_sweep", "two_sweeps")
+        if self.schedule not in choices:
+            raise ValueError(f"schedule must be one of {', '.join(choices)}, got {self.schedule!r}")
+        if self.max_workspace_bytes <= 0:
+            raise ValueError(
+                f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"
+            )
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be None or at least 1, got {self.chunk_rows}")
+
+
+class Head(NamedTuple):
+    """The arguments every primitive shares; shapes as in `lossops.reference`."""
+
+    x: Tensor
+    w: Tensor
+    b: Tensor | None
+    scale: Tensor | None
+    softcap: float
+    target: Tensor | None
+    class_vector: Tensor | None
+    teacher: Tensor | None
+    names: Sequence[str]
+
+    def rows(self, rows: slice | Tensor) -> Head:
+        """The same head on some of the rows."""
+        target = None if self.target is None else self.target[rows]
+        teacher = None if self.teacher is None else self.teacher[rows]
+        return self._replace(x=self.x[rows], target=target, teacher=teacher)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    dx: bool
+    dw: bool
+    db: bool
+    dscale: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in the accumulate dtype, None where not wanted; ``dx`` before the scale."""
+
+    dx: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+    dscale: Tensor | None
+
+
+RowFunction = Callable[[list[Tensor], "slice | Tensor"], tuple[Tensor, list["Tensor | None"]]]
+
+
+def one_sweep_rows(
+    n: int, d: int, v: int, dtype: torch.dtype, needs_dw: bool, max_bytes: int
+) -> int | None:
+    """Rows per chunk of one sweep within ``max_bytes``, or None where it does not pay."""
+    acc = accumulate_dtype(dtype)
+    spare = max_bytes
+    if dtype != acc:  # float32 gradients are themselves outputs, no workspace
+        spare -= acc.itemsize * d * (n + (v if needs_dw else 0))
+    rows = min(spare, PREFERRED_BUFFER_BYTES) // (acc.itemsize * row_stride(v))
+    if rows >= n:
+        return max(n, 1)
+    if rows < MIN_CHUNK_ROWS:
+        return None
+    chunks = -(-n // rows)
+    return -(-n // chunks)
+
+
+def row_stride(v: int) -> int:
+    """Row stride of a chunk: room for one more value, and no power of two.
+
+    Rows 2^k bytes apart share cache sets: the tile of a chunk then evicts itself.
+    """
+    stride = -(-(v + 1) // 16) * 16
+    return stride + 16 if stride % 512 == 0 else stride
+
+
+def one_sweep(
+    head: Head,
+    wanted: Sequence[str],
+    row_function: RowFunction,
+    needs: Needs,
+    primitives: ModuleType,
+    chunk_rows: int,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Losses of each row and the gradients of their sum.
+
+    Args:
+        head: what shapes the logits; ``names`` are collected for every chunk.
+        wanted: outputs that may get a coefficient.
+        row_function: statistics and rows of a chunk -> losses (R,) and coefficients.
+        needs: which gradients.
+        primitives: module of the backend.
+        chunk_rows: R.
+        index: the rows to compute; the others get loss 0 and no gradient. None: all of them.
+
+    Returns:
+        Losses (N,) and gradients in the accumulate dtype.
+    """
+    x, w = head.x, head.w
+    n, d, v = x.shape[0], x.shape[1], w.shape[0]
+    acc = accumulate_dtype(x.dtype)
+    counted = n if index is None else index.shape[0]
+    losses = x.new_zeros(n, dtype=acc)
+    wants_dx = needs.dx or needs.dscale
+    fresh = torch.zeros if counted < n else torch.empty
+    dx = fresh(n, d, dtype=acc, device=x.device) if wants_dx else None
+    empty = torch.empty if counted else torch.zeros
+    dw = empty(v, d, dtype=acc, device=x.device) if needs.dw else None
+    db = empty(v, dtype=acc, device=x.device) if needs.db else None
+    dscale = torch.zeros((), dtype=acc, device=x.device) if needs.dscale else None
+    buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=acc, device=x.device)
+    for start, stop in _chunks(counted, chunk_rows):
+        rows = slice(start, stop) if index is None else index[start:stop]
+        part = head.rows(rows)
+        chunk = buffer.as_strided((stop - start, v), (row_stride(v), 1))
+        stats = primitives.linear_chunk_statistics(*part, wanted, chunk)
+        losses[rows], coefficients = row_function(stats, rows)
+        if not any(needs):
+            continue
+        dx_part = None
+        if dx is not None:
+            dx_part = dx[rows] if index is None else dx.new_empty(stop - start, d)
+        primitives.linear_chunk_gradient(
+            *part, wanted, chunk, stats, coefficients, dx_part, dw, db, start > 0
+        )
+        if dscale is not None and dx_part is not None:
+            dscale += (part.x.to(acc) * dx_part).sum()
+        if dx is not None and dx_part is not None and index is not None:
+            dx[rows] = dx_part
+    return losses, Gradients(dx if needs.dx else None, dw, db, dscale)
+
+
+def two_sweeps_gradient(
+    head: Head,
+    statistics: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    needs: Needs,
+    primitives: ModuleType,
+) -> Gradients:
+    """Gradients from statistics and coefficients, rounded to the dtypes of the inputs."""
+    x, w, b, scale = head.x, head.w, head.b, head.scale
+    acc = accumulate_dtype(x.dtype)
+    dx = torch.empty_like(x, dtype=acc, memory_format=torch.contiguous_format)
+    wants_dx = dx if needs.dx or needs.dscale else None
+    dw = torch.empty_like(w, memory_format=torch.contiguous_format) if needs.dw else None
+    db = torch.empty_like(b) if needs.db and b is not None else None
+    primitives.linear_gradient(*head, statistics, coefficients, wants_dx, dw, db)
+    dscale = (x.to(acc) * dx).sum() if needs.dscale else None
+    if needs.dx and scale is not None:
+        dx *= scale.to(acc)
+    return Gradients(dx.to(x.dtype) if needs.dx else None, dw, db, dscale)
+
+
+def _chunks(n: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+def flatten_none(tensors: Sequence[Any], like: Tensor) -> list[Tensor]:
+    """Tensors an op can return: an empty one stands for None."""
+    return [like.new_empty(0) if t is None else t for t in tensors]

@@ -1,0 +1,232 @@
+"""What is shipped, what is built when, and what importing the package does and does not do."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from lossops import backends, switches
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"lossops": ROOT / "lossops", "lossops_bench": ROOT / "bench" / "lossops_bench"}
+
+
+def run_python(*arguments, timeout=60, **environment):
+    """Runs this Python in the repository, with variables set or, where None, unset."""
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={name: value for name, value in variables.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="module")
+def setup_script():
+    """setup.py as a module: it calls setup() only when run."""
+    spec = importlib.util.spec_from_file_location("lossops_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """The names in the sdist, without their first folder, and the wheel built from that sdist."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("packaging")
+    litter = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "tree", ignore=litter)
+    # What an earlier build left in place must not be shipped as part of a pure-Python wheel.
+    (folder / "tree" / "lossops" / "_cpu_leftover.so").touch()
+    command = ["-m", "build", "--no-isolation", "--outdir", folder, folder / "tree"]
+    done = run_python(*command, LOSSOPS_BUILD="none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,) = folder.glob("*.tar.gz")
+    (wheel,) = folder.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    return names, wheel
+
+
+def sources(folder, *patterns):
+    found = {path for pattern in patterns for path in (ROOT / folder).rglob(pattern)}
+    return {path.relative_to(ROOT).as_posix() for path in found}
+
+
+def test_sdist_holds_all_that_a_build_and_a_test_run_need(archives):
+    names, _ = archives
+    wanted = sources("lossops", "*.py") | sources("bench", "*.py") | sources("tests", "*.py")
+    wanted |= sources("csrc", "*.cpp", "*.h")
+    wanted |= {"lossops/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
+    wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements-dev.txt", ".ci/run"}
+    assert wanted - names == set()
+    assert {name for name in names if name.endswith((".so", ".pyc"))} == set()
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(archives):
+    _, wheel = archives
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    wanted = {"lossops/py.typed"}
+    for package, folder in PACKAGES.items():
+        wanted |= {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_wheel_depends_on_torch_alone(archives):
+    _, wheel = archives
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+        scripts = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert required == ["torch>=2.13"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "lossops-bench = lossops_bench:main" in scripts
+
+
+WITHOUT_THE_OPTIONAL_PARTS = """
+import runpy
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+
+def find_unless_blocked(name, *arguments):
+    blocked = name.partition(".")[0] == "triton" or name.startswith("lossops._")
+    return None if blocked else find_spec(name, *arguments)
+
+PathFinder.find_spec = find_unless_blocked
+
+import torch
+import lossops
+
+x, w = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
+loss = lossops.linear_cross_entropy(x, w, torch.tensor([0, 5, 10, 15]))
+loss.backward()
+assert loss.isfinite() and w.grad.isfinite().all()
+runpy.run_module("lossops.info", run_name="__main__")
+"""
+
+
+def test_works_without_triton_and_without_the_compiled_modules():
+    done = run_python("-c", WITHOUT_THE_OPTIONAL_PARTS, LOSSOPS_BACKEND=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not built") == 3
+    assert "cpp        no: " in done.stdout
+    assert "reference  can run" in done.stdout
+
+
+IMPORT_AND_WATCH = """
+import gc
+import sys
+import torch
+
+def refuse(*arguments):
+    raise AssertionError("asked at import")
+
+torch.backends.cpu.get_cpu_capability = torch.get_num_threads = refuse
+torch.cuda.is_available = torch.cuda.device_count = refuse
+modules = set(sys.modules)
+tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+import lossops
+
+new = {name for name in set(sys.modules) - modules if not name.startswith("lossops")}
+heavy = {name for name in new if name.startswith(("triton", "torch._inductor", "torch._dynamo"))}
+assert not heavy, heavy
+assert not [name for name in sys.modules if name.startswith("lossops._cpu")]
+assert tensors == sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_allocates_compiles_and_asks_nothing():
+    done = run_python("-c", IMPORT_AND_WATCH)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("switch", switches.CHOICES)
+def test_switch_takes_its_choices_and_names_them_in_its_error(monkeypatch, switch):
+    choices = switches.CHOICES[switch]
+    for value in choices:
+        monkeypatch.setenv(switch, value)
+        assert switches.chosen(switch) == value
+    monkeypatch.setenv(switch, "")
+    assert switches.chosen(switch) == "auto"
+    monkeypatch.delenv(switch)
+    assert switches.chosen(switch) == "auto"
+    monkeypatch.setenv(switch, "gpu")
+    with pytest.raises(
+        ValueError, match=f"{switch} must be one of {', '.join(choices)}, got 'gpu'"
+    ):
+        switches.chosen(switch)
+
+
+def test_setup_reads_the_switch_as_the_library_does(monkeypatch, setup_script):
+    monkeypatch.setenv("LOSSOPS_BUILD", "none")
+    assert setup_script.requested_build() == "none"
+    monkeypatch.setenv("LOSSOPS_BUILD", "cuda")
+    with pytest.raises(ValueError, match="LOSSOPS_BUILD must be one of auto, cpu, none"):
+        setup_script.requested_build()
+
+
+@pytest.fixture(params=["no compiler", "no torch", "windows"])
+def cannot_build(request, monkeypatch, setup_script, tmp_path):
+    """An environment that cannot build the modules, and a word of the reason."""
+    if request.param == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        return "'c\\+\\+' is not on PATH"
+    if request.param == "no torch":
+        monkeypatch.setattr(setup_script.importlib.util, "find_spec", lambda name: None)
+        return "--no-build-isolation"
+    monkeypatch.setattr(setup_script.sys, "platform", "win32")
+    return "gcc and clang"
+
+
+def test_auto_gives_pure_python_and_says_so(capsys, setup_script, cannot_build):
+    assert not setup_script.wants_modules("auto")
+    assert "pure Python, without the compiled modules" in capsys.readouterr().err
+
+
+def test_cpu_refuses_where_the_modules_cannot_be_built(setup_script, cannot_build):
+    with pytest.raises(SystemExit, match=cannot_build):
+        setup_script.wants_modules("cpu")
+
+
+def test_none_builds_nothing_even_where_it_could(capsys, setup_script):
+    assert not setup_script.wants_modules("none")
+    assert "LOSSOPS_BUILD=none" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/bin/false").exists(), reason="needs a program that always fails")
+def test_failing_compiler_is_an_error_under_auto(tmp_path):
+    command = ["setup.py", "--quiet", "build_ext", "-b", tmp_path, "-t", tmp_path]
+    done = run_python(*command, LOSSOPS_BUILD="auto", CXX="/bin/false")
+    assert done.returncode != 0
+    assert "/bin/false" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_every_capability_is_built_and_knows_its_torch(setup_script):
+    built = {path.name.partition(".")[0] for path in PACKAGES["lossops"].glob("_cpu_*.so")}
+    if not built:
+        pytest.skip("no compiled modules here: built with LOSSOPS_BUILD=none")
+    assert built == {f"_cpu_{name}" for name in setup_script.CAPABILITIES}
+    module = backends.load_cpu_module()
+    assert not isinstance(module, str), module
+    assert module.torch_version == importlib.metadata.version("torch").partition("+")[0]
