@@ -4,7 +4,7 @@
 // for scalars, and both then compute the same thing. Letters as in lossops/reference.py:
 //
 //   rel = z - shift        q = e^{rel - lse}
-//   dz  = c_lse q + c_mean q (rel - mean) + t c_t e^{t rel - lse_t} + c_softplus σ(z)
+//   dz  = c_lse q + c_mean q (1 + rel - mean) + t c_t e^{t rel - lse_t} + c_softplus σ(z)
 //       + c_average / V + 2 c_moment (rel - average) + c_vector a + c_teacher t a
 //
 // Verified by tests/test_cpu_backend.py against the reference in float64.
@@ -23,7 +23,8 @@
 
 namespace lossops {
 
-// What a lane type must know how to do; vectors specialise it in cpu/lanes.h.
+// What a lane type must know how to do, exp up to 88 and log1p within [0, 1]; vectors specialise it
+// in cpu/lanes.h.
 template <typename L>
 struct Lane;
 
@@ -34,32 +35,44 @@ struct ScalarLane {
   static LOSSOPS_LANE S at_least(S x, S floor) { return x < floor ? floor : x; }  // keeps NaN
   static LOSSOPS_LANE S fma(S a, S b, S c) { return a * b + c; }
   static LOSSOPS_LANE S abs(S x) { return std::fabs(x); }
-  static LOSSOPS_LANE S log1p(S x) { return std::log1p(x); }
   static LOSSOPS_LANE S tanh(S x) { return std::tanh(x); }
 };
 
-// e^x for x <= 88 (float): relative error 1e-7, e^{-inf} = 0, NaN stays. A fifth of the work of the
-// library's, since arguments are relative to a maximum and need no guard above.
+// 2^{-k} e^x for a float x below (k + 127) ln 2, 0 at or below `floor` = k ln 2 - 88: relative
+// error 1e-7 even where e^x would overflow, e^{-inf} = 0, NaN stays. No x - k ln 2 is ever rounded.
 //
-//   e^x = 2^n e^r,  n = round(x / ln 2),  |r| <= ln 2 / 2,  e^r = 1 + r + r² P(r) within 3e-9
+//   2^{-k} e^x = 2^{n - k} e^r,  n = round(x / ln 2),  |r| <= ln 2 / 2,  e^r = 1 + r + r² P(r)
 //
-// Below -88 n is -127, whose exponent bits are zero: the result is exactly 0.
+// P is a minimax fit within 3e-9. At the floor n - k is -127, whose exponent bits are zero.
 template <typename L>
-LOSSOPS_LANE L exp_float(L x) {
+LOSSOPS_LANE L exp_float(const L& x, const L& k, const L& floor) {
   using A = Lane<L>;
   // Adding 1.5·2^23 rounds to an integer and leaves it, plus the exponent's bias, in the low bits.
   const L magic(12582912.0f + 127.0f);
-  const L bounded = A::at_least(x, -88.0f);
+  const L bounded = A::at_least(x, floor);
   const L t = A::fma(bounded, L(1.44269504f), magic);
   const L n = t - magic;
-  L r = A::fma(n, L(-0.693359375f), bounded);  // exact: 9 bits times at most 8
+  L r = A::fma(n, L(-0.693359375f), bounded);  // exact: 9 bits times at most 14
   r = A::fma(n, L(2.12194440e-4f), r);
   L p = A::fma(L(1.3814598e-3f), r, L(8.368717e-3f));
   p = A::fma(p, r, L(4.166839e-2f));
   p = A::fma(p, r, L(1.6666521e-1f));
   p = A::fma(p, r, L(4.9999994e-1f));
   p = A::fma(p, r * r, r) + L(1.0f);
-  return p * A::power_of_two(t);
+  return p * A::power_of_two(t - k);
+}
+
+// log(1 + e) for 0 <= e <= 1 (float): relative error 2e-7, the tiny e of far logits included.
+//
+//   log(1 + e) = 2 artanh(s) = 2 s (1 + s² Q(s²)),  s = e / (2 + e) <= 1/3,  within 5e-9
+template <typename L>
+LOSSOPS_LANE L log1p_float(const L& e) {
+  using A = Lane<L>;
+  const L s = e / (L(2.0f) + e), square = s * s;
+  L q = A::fma(L(0.14006335f), square, L(0.14000839f));
+  q = A::fma(q, square, L(0.20010768f));
+  q = A::fma(q, square, L(0.3333321f));
+  return L(2.0f) * A::fma(s * square, q, s);
 }
 
 template <>
@@ -72,12 +85,14 @@ struct Lane<float> : ScalarLane<float> {
     std::memcpy(&t, &bits, sizeof bits);
     return t;
   }
-  static LOSSOPS_LANE float exp(float x) { return exp_float(x); }
+  static LOSSOPS_LANE float exp(float x) { return exp_float(x, 0.0f, -88.0f); }
+  static LOSSOPS_LANE float log1p(float e) { return log1p_float(e); }
 };
 
 template <>
 struct Lane<double> : ScalarLane<double> {
   static LOSSOPS_LANE double exp(double x) { return std::exp(x); }
+  static LOSSOPS_LANE double log1p(double e) { return std::log1p(e); }
 };
 
 template <typename S>
@@ -85,24 +100,24 @@ constexpr S kInf = std::numeric_limits<S>::infinity();
 
 // z = cap tanh(r / cap) and dz/dr = 1 - (z / cap)²
 template <typename L>
-LOSSOPS_LANE L softcap(L r, L cap) {
+LOSSOPS_LANE L softcap(const L& r, const L& cap) {
   return cap * Lane<L>::tanh(r / cap);
 }
 
 template <typename L>
-LOSSOPS_LANE L softcap_slope(L z, L cap) {
+LOSSOPS_LANE L softcap_slope(const L& z, const L& cap) {
   const L ratio = z / cap;
   return L(1) - ratio * ratio;
 }
 
 // log(1 + e^z) and its derivative σ(z), neither of which overflows.
 template <typename L>
-LOSSOPS_LANE L softplus(L z) {
-  return Lane<L>::at_least(z, 0) + Lane<L>::log1p(Lane<L>::exp(L(0) - Lane<L>::abs(z)));
+LOSSOPS_LANE L softplus(const L& z) {
+  return Lane<L>::at_least(z, L(0)) + Lane<L>::log1p(Lane<L>::exp(L(0) - Lane<L>::abs(z)));
 }
 
 template <typename L>
-LOSSOPS_LANE L sigmoid(L z) {
+LOSSOPS_LANE L sigmoid(const L& z) {
   const L e = Lane<L>::exp(L(0) - Lane<L>::abs(z));
   return Lane<L>::select(z < L(0), e, L(1)) / (L(1) + e);
 }
@@ -159,7 +174,7 @@ struct RowBasis {
   L slope;     // 2 c_moment
 
   // The terms over all classes, the targets among them.
-  LOSSOPS_LANE L dense(unsigned terms, L rel, L a, L t) const {
+  LOSSOPS_LANE L dense(unsigned terms, const L& rel, const L& a, const L& t) const {
     L dz(0);
     if (terms & kAverage) dz = dz + constant;
     if (terms & kMoment) dz = Lane<L>::fma(slope, rel - average, dz);
@@ -170,7 +185,7 @@ struct RowBasis {
 
   // The terms over the negatives but those of temperatures; a is the class vector, t the teacher
   // times the class vector.
-  LOSSOPS_LANE L negative(unsigned terms, L z, L a, L t) const {
+  LOSSOPS_LANE L negative(unsigned terms, const L& z, const L& a, const L& t) const {
     using A = Lane<L>;
     const L rel = z - shift;
     L dz = dense(terms, rel, a, t);
@@ -179,7 +194,7 @@ struct RowBasis {
       if (terms & kSoftmax) dz = A::fma(c_lse, q, dz);
       // 0 (-inf) counts 0.
       if (terms & kEntropy) {
-        dz = A::fma(c_mean, A::select(q == L(0), L(0), q * (rel - mean)), dz);
+        dz = A::fma(c_mean, A::select(q == L(0), L(0), q * (L(1) + rel - mean)), dz);
       }
     }
     if (terms & kSoftplus) dz = A::fma(c_softplus, sigmoid(z), dz);

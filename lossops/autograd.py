@@ -18,12 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from lossops import backends, ops, reference
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
-from lossops.schedules import Gradients
-from lossops.statistics import INDEX_OUTPUTS, RowStatistics, outputs
-
-
+from lossops.schedules import Gradients, without_autocast
+from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Optional = Tensor | None
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, which has no annotations in torch."""
+    return function.apply(*arguments)
+
+
 NO_GRADIENT = ("shift", *INDEX_OUTPUTS)
 
 
@@ -59,15 +64,23 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Optional) -> tuple[Any, ...]:
         names = ctx.static[1]
-        tensors, stats = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: checkpoints refuse to unpack a tensor twice
+        tensors, stats = saved[:7], saved[7:]
         coefficients = [
-            None if n in NO_GRADIENT else g
-            for g, n in zip(grads, outputs(names), strict=True)
+            None if n in NO_GRADIENT else g for g, n in zip(grads, outputs(names), strict=True)
         ]
         needs = list(ctx.needs_input_grad[:4])
         if not any(needs) or all(c is None for c in coefficients):
             return (None,) * 10
-        found = StatisticsGradient.apply(*tensors, *ctx.static, needs, *stats, *coefficients)
+        if torch.compiler.is_compiling():  # compilers refuse a second derivative themselves
+            x, w, b, scale, *rest = tensors
+            softcap, _, backend = ctx.static
+            head = (x, w, b, scale, softcap, *rest, names)
+            found = torch.ops.lossops.linear_gradient(
+                *head, list(stats), coefficients, needs, backend
+            )
+        else:
+            found = apply(StatisticsGradient, *tensors, *ctx.static, needs, *stats, *coefficients)
         kept = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
         kept[3] = _like_scale(kept[3], tensors[3])
         return (*kept, *(None,) * 6)
@@ -169,7 +182,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Optional, *_: Optional) -> tuple[Any, ...]:
         if g is None:
             return (None,) * 17
-        tensors, ready = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors
+        tensors, ready = saved[:12], saved[12:]
         x, w, b, scale, target, class_vector, teacher, *terms = tensors
         softcap, names, needs, chunk_rows, backend = ctx.static
 
@@ -213,12 +227,13 @@ def hand_out(
         return scaled(inputs, needs, g, ready, inplace=False)
     if torch.is_grad_enabled():
         buffers = sweep() if ctx.used else ready
-        return ScaledGradients.apply(value, needs, g, *inputs, *buffers)  # type: ignore[no-any-return]
+        found: tuple[Optional, ...] = apply(ScaledGradients, value, needs, g, *inputs, *buffers)
+        return found
     buffers = sweep() if ctx.used else ready
     ctx.used = True
-    # Nobody else sees these buffers; a second backward finds `used` and never reads them.
-    with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # type: ignore[attr-defined]
-        return scaled(inputs, needs, g, buffers, inplace=True)
+    # A second backward finds `used` and never reads these buffers again; without `.data` it would
+    # take an edit of the gradients handed out here for an edit of what was saved.
+    return scaled(inputs, needs, g, [t.data for t in buffers], inplace=True)
 
 
 class ScaledGradients(torch.autograd.Function):
@@ -283,7 +298,7 @@ def differentiate_twice(
 
     Returns the gradients of ``inputs`` and of ``upstream``.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(upstream[0].device):
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         weights = [u.detach().requires_grad_() for u in upstream]
         wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
@@ -294,8 +309,12 @@ def differentiate_twice(
             create_graph=True,
             allow_unused=True,
         )
-        given = [c for c, t, n in zip(cotangents, leaves, needs, strict=True) if t is not None and n]
-        pairs = [(f, c) for f, c in zip(first, given, strict=True) if f is not None and c is not None]
+        given = [
+            c for c, t, n in zip(cotangents, leaves, needs, strict=True) if t is not None and n
+        ]
+        pairs = [
+            (f, c) for f, c in zip(first, given, strict=True) if f is not None and c is not None
+        ]
         present = [t for t in leaves if t is not None]
         second = torch.autograd.grad(
             [f for f, _ in pairs],

@@ -61,7 +61,9 @@ def load_cpu_module() -> ModuleType | str:
                 f"{torch.__version__}; rebuild it: {REBUILD}"
             )
         return module
-    return f"no compiled extension ({names[0]}) is installed; build it with a C++ compiler: {REBUILD}"
+    return (
+        f"no compiled extension ({names[0]}) is installed; build it with a C++ compiler: {REBUILD}"
+    )
 
 
 def _any_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,10 +75,17 @@ def _any_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
 def _cpp_objection(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the C++ backend runs on CPU tensors, got {device.type}"
-    if sentence := _any_dtype(device, dtype):
-        return sentence
+    return _any_dtype(device, dtype) or _cpu_module_objection()
+
+
+def _cpu_module_objection() -> str | None:
     module = load_cpu_module()
     return module if isinstance(module, str) else None
+
+
+# torch.compile cannot trace a search for modules. torch.compiler.assume_constant_result would set
+# the same mark, but imports the compiler.
+_cpu_module_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cpp_primitives() -> ModuleType:
@@ -112,7 +121,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         name = switches.default_backend()
     if name != "auto":
         if name not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
+            raise ValueError(
+                f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}"
+            )
         if sentence := BACKENDS[name].objection(device, dtype):
             raise ValueError(f"backend {name!r} cannot run this call: {sentence}")
         return BACKENDS[name]

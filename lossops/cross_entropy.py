@@ -9,28 +9,39 @@ the formulas and their gradients are in `lossops.recipes`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
 
 from lossops import backends
-from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics
+from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
 from lossops.inputs import (
     HeadInputs,
     check_devices,
     check_reduction,
+    check_tensor,
+    checked_options,
     class_ids,
     class_weight,
     head_inputs,
     row_weight,
 )
-from lossops.linear import head_statistics, planned_rows, reduced, row_factors
+from lossops.linear import (
+    check_two_sweeps,
+    head_statistics,
+    planned_rows,
+    reduced,
+    row_factors,
+    teacher_sums,
+)
 from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
 from lossops.reference import accumulate_dtype
-from lossops.schedules import LinearLossOptions
-from lossops.statistics import RowStatistics, canonical, outputs as statistic_outputs
+from lossops.schedules import LinearLossOptions, without_autocast
+from lossops.statistics import RowStatistics, canonical
+from lossops.statistics import outputs as statistic_outputs
 
 OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct")
 
@@ -115,12 +126,14 @@ def linear_cross_entropy(
     """
     check_reduction(reduction)
     _check_outputs(outputs)
+    check_tensor("target", target)
     if linear_weight.ndim > 2:
         return _k_dimensional(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-            label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale, outputs),
+            label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale or None,
+                              outputs or None),
         )  # fmt: skip
-    opts = options if isinstance(options, LinearLossOptions) else LinearLossOptions()
+    opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
     if _differentiates(target):
         return _through_reference(
@@ -146,9 +159,10 @@ def linear_cross_entropy(
             "weights without gradient; use schedule='auto'"
         )
     if rows is not None:
-        total, argmax, *_ = LinearCrossEntropy.apply(
-            *diff, task.ids, task.class_vector, task.teacher, *task.terms, head.softcap,
-            list(task.names), [t is not None and t.requires_grad for t in diff], rows, chosen,
+        total, argmax, *_ = apply(
+            LinearCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,
+            head.softcap, list(task.names), [t is not None and t.requires_grad for t in diff],
+            rows, chosen,
         )  # fmt: skip
         loss = total if reduction == "sum" else total / task.divisor
         return task.finish(loss, None, argmax, outputs)
@@ -186,7 +200,7 @@ def cross_entropy(
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
         outputs: as in `linear_cross_entropy`. Default: ``()``.
         inplace: overwrite ``logits`` with their gradient, which then needs no memory and allows
-            one backward; for a contiguous non-leaf ``logits`` and a scalar loss. Default: ``False``.
+            one backward; for contiguous non-leaf ``logits``, a scalar loss. Default: ``False``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits). With
@@ -203,6 +217,7 @@ def cross_entropy(
     """
     check_reduction(reduction)
     _check_outputs(outputs)
+    check_tensor("target", target)
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 1:
         raise TypeError(
             "logits must be a floating point tensor (..., V), got "
@@ -227,12 +242,12 @@ def cross_entropy(
     if inplace:
         _check_inplace(logits, z, reduction, outputs, task.terms)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
-        total, argmax = LogitsGradientInPlace.apply(
-            z, *spec, *task.terms, list(task.names), chosen
+        total, argmax = apply(
+            LogitsGradientInPlace, z, *spec, *task.terms, list(task.names), chosen
         )
         loss = total if reduction == "sum" else total / task.divisor
         return task.finish(loss, None, argmax, outputs)
-    found = LogitsStatistics.apply(z, *spec, list(task.names), chosen)
+    found = apply(LogitsStatistics, z, *spec, list(task.names), chosen)
     values = dict(zip(statistic_outputs(task.names), found, strict=True))
     return task.reduce(RowStatistics(values, v), reduction, outputs)
 
@@ -275,7 +290,7 @@ class _Task(NamedTuple):
             lse = smooth if a is None else smooth * a.sum()
         if target.is_floating_point():
             teacher = _probabilities(target, lead, v, ignore_index)
-            total = teacher.to(ones.dtype).sum(1) if a is None else teacher.to(a.dtype) @ a
+            total = teacher_sums(teacher, a, ones.dtype)
             taught = each * (1 - eps)
             lse = taught * total if lse is None else lse + taught * total
             _, divisor = row_factors(None, rows, None, head)
@@ -338,11 +353,13 @@ class _Task(NamedTuple):
                 active = self.ids[:, 0] >= 0
                 found["log_prob"] = torch.where(active, stats.log_p, 0.0).reshape(self.lead)
         if (missing := set(outputs) - found.keys()) and self.ids is None:
-            raise ValueError(f"outputs {sorted(missing)} need class ids as targets, got probabilities")
+            raise ValueError(
+                f"outputs {sorted(missing)} need class ids as targets, got probabilities"
+            )
         return CrossEntropyOutput(loss, **{n: t for n, t in found.items() if n in outputs})
 
     def _all_classes(self, stats: RowStatistics, name: str) -> Tensor:
-        """logsumexp or entropy over all classes; of an ignored row, whose target is a dummy, too."""
+        """logsumexp or entropy over all classes, of ignored rows (dummy targets) too."""
         value: Tensor = getattr(stats, name)
         if self.ids is not None:
             rest = RowStatistics({k: t for k, t in stats.values.items() if k != "target"},
@@ -396,7 +413,8 @@ def _through_reference(
         target, head.lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
         lse_square_scale, outputs,
     )  # fmt: skip
-    z = head.x if logits else reference.linear_logits(*head[:5])
+    with without_autocast(head.x.device):
+        z = head.x if logits else reference.linear_logits(*head[:5])
     found = reference.logits_statistics(z, None, task.class_vector, task.teacher, task.names)
     values = dict(zip(statistic_outputs(task.names), found, strict=True))
     return task.reduce(RowStatistics(values, v), reduction, outputs)
@@ -414,7 +432,7 @@ def _k_dimensional(
     extras: tuple[Any, ...],
 ) -> Tensor:
     """Weights (V, d_1, ..., d_K, D): PyTorch's own function, which stores the logits."""
-    if any(e is not None and e != 0.0 and e != () for e in extras):
+    if any(e is not None for e in extras):
         raise ValueError(
             "sample_weight, logit_scale, softcap, lse_square_scale and outputs need linear_weight "
             f"of shape (V, D), got {tuple(linear_weight.shape)}"
@@ -432,11 +450,14 @@ def _check_inplace(
     outputs: Collection[str],
     terms: CrossEntropyTerms,
 ) -> None:
-    if torch.compiler.is_compiling():
-        raise ValueError("inplace=True is not available under torch.compile; leave it out there")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "inplace=True is not available under torch.compile and torch.func; leave it out there"
+        )
     if logits.requires_grad and logits.is_leaf and torch.is_grad_enabled():
         raise ValueError("inplace=True would overwrite a leaf that wants a gradient; pass a result")
-    if z.data_ptr() != logits.data_ptr() or z.stride(-1) != 1:
+    overlaps = z.shape[0] > 1 and z.stride(0) < z.shape[1]  # expanded rows share their memory
+    if z.data_ptr() != logits.data_ptr() or z.stride(-1) != 1 or overlaps:
         raise ValueError(f"inplace=True needs contiguous logits, got strides {logits.stride()}")
     if reduction == "none" or set(outputs) - {"argmax", "correct"}:
         raise ValueError(
@@ -495,6 +516,7 @@ def linear_log_prob(
     """
     names = ("lse", "target", "entropy") if entropy else ("lse", "target")
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    check_two_sweeps(head, options)
     ids = class_ids(target, head.lead, linear_weight.shape[0], ignore_index)
     check_devices(head.x, target=target)
     stats = head_statistics(head, ids, canonical(names), None, None, backend)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lossops.reference import accumulate_dtype
+from lossops.schedules import LinearLossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -50,8 +52,8 @@ def head_inputs(
         _check_float("linear_bias", linear_bias)
         if linear_bias.shape != (v,):
             raise ValueError(f"linear_bias must have shape ({v},), got {tuple(linear_bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be None or positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
     scale = _scale(logit_scale, input)
     check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
     x, w, b = _one_dtype(input, linear_weight, linear_bias)
@@ -70,6 +72,7 @@ def class_ids(
 
     With ``several``, a target of shape (..., K) is padded with -1 and a repeated id counts once.
     """
+    check_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"target must hold integer class ids, got {target.dtype}")
     ids = target.to(torch.int64)
@@ -89,14 +92,18 @@ def class_ids(
     return torch.where(ignored, -1, torch.where(ids < 0, num_classes, ids))
 
 
-def class_weight(weight: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
+def class_weight(
+    weight: Tensor | None, num_classes: int, like: Tensor, name: str = "weight"
+) -> Tensor | None:
     """Class weights (V,) checked, in the accumulate dtype of ``like``."""
     if weight is None:
         return None
-    _check_float("weight", weight)
+    _check_float(name, weight)
     if weight.shape != (num_classes,):
-        raise ValueError(f"weight must have shape ({num_classes},), got {tuple(weight.shape)}")
-    check_devices(like, weight=weight)
+        raise ValueError(f"{name} must have shape ({num_classes},), got {tuple(weight.shape)}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is not differentiated; pass {name}.detach()")
+    check_devices(like, **{name: weight})
     return weight.to(accumulate_dtype(like.dtype))
 
 
@@ -124,12 +131,26 @@ def check_devices(input: Tensor, **others: Tensor | None) -> None:
     """Raise a ValueError unless all tensors are on the device of ``input``."""
     for name, t in others.items():
         if t is not None and t.device != input.device:
-            raise ValueError(f"{name} must be on the device of input, {input.device}, got {t.device}")
+            raise ValueError(
+                f"{name} must be on the device of input, {input.device}, got {t.device}"
+            )
+
+
+def check_tensor(name: str, t: object) -> None:
+    """Raise a TypeError for what is not a tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def checked_options(options: LinearLossOptions | None) -> LinearLossOptions:
+    """The options given, or the default ones."""
+    if not isinstance(options, LinearLossOptions | None):
+        raise TypeError(f"options must be LinearLossOptions or None, got {type(options).__name__}")
+    return options or LinearLossOptions()
 
 
 def _check_float(name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    check_tensor(name, t)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {t.dtype}")
 
@@ -150,7 +171,8 @@ def _scale(logit_scale: float | Tensor | None, input: Tensor) -> Tensor | None:
 def _one_dtype(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Autocast's dtype where it is on (float64 stays), else the widest of the three."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    available = torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(x.dtype, w.dtype)

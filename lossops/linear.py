@@ -9,18 +9,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossops import backends
-from lossops.autograd import Value, hand_out
-from lossops.autograd import LinearStatistics as _LinearStatistics
-from lossops.inputs import HeadInputs, check_reduction, class_ids, class_weight, head_inputs, row_weight
-from lossops.ops import check_target
-from lossops.reference import accumulate_dtype, linear_statistics as reference_statistics
-from lossops.schedules import Head, LinearLossOptions, Needs, one_sweep, one_sweep_rows
+from lossops.autograd import LinearStatistics, apply
+from lossops.inputs import (
+    HeadInputs,
+    check_devices,
+    check_reduction,
+    check_tensor,
+    checked_options,
+    class_ids,
+    class_weight,
+    head_inputs,
+    row_weight,
+)
+from lossops.loss_fn import LossSweep, UserLoss
+from lossops.reference import accumulate_dtype
+from lossops.schedules import LinearLossOptions, one_sweep_rows, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, outputs
 
 LossFunction = Callable[..., Tensor]
@@ -80,24 +88,23 @@ def linear_statistics(
         True
     """
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    check_two_sweeps(head, options)
+    check_devices(input, target=target, teacher=teacher)
     v = linear_weight.shape[0]
     several = target is not None and target.ndim == len(head.lead) + 1
     ids = None
     if target is not None:
         ids = class_ids(target, head.lead, v, ignore_index, several=True)
-    listed = canonical(n for n in names if target is not None or n != "target")
-    if target is not None and "target" not in listed:
-        listed = canonical([*listed, "target"])
-    stats = head_statistics(
-        head, ids, listed, class_vector, None if teacher is None else teacher.flatten(0, -2), backend
-    )
+    if teacher is not None and teacher.shape != (*head.lead, v):
+        raise ValueError(f"teacher must have shape {(*head.lead, v)}, got {tuple(teacher.shape)}")
+    taught = None if teacher is None else teacher.reshape(-1, v)
+    listed = collected(names, target)
+    stats = head_statistics(head, ids, listed, class_vector, taught, backend)
     values = dict(stats.values)
     if ids is not None and not several:
         values["target"] = values["target"].squeeze(1)
     tail = ids.shape[1:] if several and ids is not None else ()
-    shaped = {
-        n: t.reshape(head.lead + (tail if n == "target" else ())) for n, t in values.items()
-    }
+    shaped = {n: t.reshape(head.lead + (tail if n == "target" else ())) for n, t in values.items()}
     teacher_sum = None if stats.teacher_sum is None else stats.teacher_sum.reshape(head.lead)
     return RowStatistics(shaped, v, stats.class_vector_sum, teacher_sum)
 
@@ -114,36 +121,66 @@ def head_statistics(
     v = head.w.shape[0]
     acc = accumulate_dtype(head.x.dtype)
     a = class_vector_checked(class_vector, v, head.x)
-    needed = {"weighted_sum": a, "teacher": teacher, "below_target": ids, "target": ids}
-    for name in names:
-        if name in needed and needed[name] is None:
-            raise ValueError(f"statistic {name!r} needs its tensor, got None; see names=")
-    if teacher is not None:
-        if teacher.shape != (head.x.shape[0], v):
-            raise ValueError(
-                f"teacher must have shape {(*head.lead, v)}, got {tuple(teacher.shape)} flattened"
-            )
-        if teacher.requires_grad:
-            raise ValueError("teacher is not differentiated; pass teacher.detach()")
+    needed = {
+        "weighted_sum": ("class_vector", a),
+        "teacher": ("teacher", teacher),
+        "below_target": ("target", ids),
+    }
+    for name, (argument, tensor) in needed.items():
+        if name in names and tensor is None:
+            raise ValueError(f"statistic {name!r} needs {argument}, got None; pass {argument}=")
+    if teacher is not None and teacher.requires_grad:
+        raise ValueError("teacher is not differentiated; pass teacher.detach()")
     chosen = backends.select(backend, head.x.device, head.x.dtype).name
-    found = _LinearStatistics.apply(
-        head.x, head.w, head.b, head.scale, ids, a, teacher, head.softcap, list(names), chosen
+    found = apply(
+        LinearStatistics,
+        head.x,
+        head.w,
+        head.b,
+        head.scale,
+        ids,
+        a,
+        teacher,
+        head.softcap,
+        list(names),
+        chosen,
     )
     values = dict(zip(outputs(names), found, strict=True))
     vector_sum = None if a is None else a.sum()
-    teacher_sum = None
-    if teacher is not None:
-        weights = teacher.new_ones(v, dtype=acc) if a is None else a
-        teacher_sum = teacher.to(acc) @ weights
+    teacher_sum = None if teacher is None else teacher_sums(teacher, a, acc)
     return RowStatistics(values, v, vector_sum, teacher_sum)
+
+
+def teacher_sums(teacher: Tensor, class_vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Σ_j t_j a_j, (N,), in ``dtype``; differentiable."""
+    t = teacher.to(dtype)
+    with without_autocast(t.device):
+        return t.sum(1) if class_vector is None else t @ class_vector
+
+
+def collected(names: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
+    """Canonical names of one call: always with ``"target"`` where there is one, else never."""
+    if isinstance(names, str):
+        raise TypeError(f"names must be a sequence of names, got {names!r}; write ({names!r},)")
+    others = [n for n in names if n != "target"]
+    return canonical(others if target is None else [*others, "target"])
+
+
+def check_two_sweeps(head: HeadInputs, options: LinearLossOptions | None) -> None:
+    """Raise a ValueError where options ask for one sweep of what is known to take two."""
+    wants = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)
+    )
+    if checked_options(options).schedule == "one_sweep" and wants:
+        raise ValueError(
+            "schedule='one_sweep' needs a loss that is reduced here; what is returned row by row "
+            "takes two sweeps: use schedule='auto'"
+        )
 
 
 def class_vector_checked(vector: Tensor | None, num_classes: int, like: Tensor) -> Tensor | None:
     """Class vector a (V,), refused if it wants a gradient."""
-    a = class_weight(vector, num_classes, like)
-    if a is not None and a.requires_grad:
-        raise ValueError("class_vector is not differentiated; pass class_vector.detach()")
-    return a
+    return class_weight(vector, num_classes, like, "class_vector")
 
 
 def linear_loss(
@@ -212,17 +249,18 @@ def linear_loss(
         torch.Size([4, 8])
     """
     check_reduction(reduction)
-    opts = options or LinearLossOptions()
+    opts = checked_options(options)
+    parameters = tuple(parameters)
+    for i, p in enumerate(parameters):
+        check_tensor(f"parameters[{i}]", p)
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
     v, lead = linear_weight.shape[0], head.lead
+    check_devices(input, target=target)
     ids = None if target is None else class_ids(target, lead, v, ignore_index)
     row_weights = row_weight(sample_weight, lead, head.x)
     u, divisor = row_factors(ids, row_weights, class_weight(weight, v, head.x), head)
-    extra = {k: t.flatten(0, len(lead) - 1) if lead else t.unsqueeze(0)
-             for k, t in (row_inputs or {}).items()}  # fmt: skip
-    listed = canonical(n for n in names if target is not None or n != "target")
-    if target is not None and "target" not in listed:
-        listed = canonical([*listed, "target"])
+    extra = _flat_rows(row_inputs or {}, lead, head.x)
+    listed = collected(names, target)
     a = class_vector_checked(class_vector, v, head.x)
 
     def losses(values: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
@@ -234,10 +272,12 @@ def linear_loss(
             active = ids[rows, 0] >= 0
             named = {n: t if n in INDEX_OUTPUTS else torch.where(active, t, 0.0)
                      for n, t in named.items()}  # fmt: skip
-        found = loss_fn(
-            RowStatistics(named, v, None if a is None else a.sum()),
-            **{k: t[rows] for k, t in extra.items()},
-        )
+        with without_autocast(head.x.device):  # the same F in either schedule
+            found = loss_fn(
+                RowStatistics(named, v, None if a is None else a.sum()),
+                **{k: t[rows] for k, t in extra.items()},
+            )
+        check_tensor("what loss_fn returns", found)
         if found.shape != named["shift"].shape:
             raise ValueError(
                 f"loss_fn must return one loss per row, shape {tuple(named['shift'].shape)}, "
@@ -253,15 +293,20 @@ def linear_loss(
     rows = None
     if (
         wants and rowwise and reduction != "none" and not torch.compiler.is_compiling()
+        # torch.func wraps what loss_fn closes over, out of sight of the gradient of one sweep.
+        and not torch._C._are_functorch_transforms_active()
         and not any(t.requires_grad for t in (*extra.values(), *([] if u is None else [u])))
     ):  # fmt: skip
         rows = planned_rows(head, opts)
     if opts.schedule == "one_sweep" and wants and rows is None:
-        raise ValueError("this call cannot run in one sweep; use schedule='auto'")
+        raise ValueError(
+            "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', weights and row "
+            "inputs without gradient, and neither torch.compile nor torch.func; use schedule='auto'"
+        )
     chosen = backends.select(backend, head.x.device, head.x.dtype).name
     if rows is not None:
-        static = _Sweep(head, ids, a, listed, losses, tuple(parameters), rows, chosen)
-        total = _UserLoss.apply(static, *diff, *parameters)[0]
+        sweep = LossSweep(head, ids, a, listed, losses, parameters, rows, chosen)
+        total: Tensor | None = apply(UserLoss, sweep, *diff, *parameters)[0]
         if total is not None:
             return total if reduction == "sum" else total / divisor
     stats = head_statistics(head, ids, listed, a, None, chosen)
@@ -269,10 +314,28 @@ def linear_loss(
     return reduced(each, divisor, reduction, lead)
 
 
+def _flat_rows(
+    row_inputs: Mapping[str, Tensor], lead: torch.Size, input: Tensor
+) -> dict[str, Tensor]:
+    """Row inputs with their leading dims flattened to (N, *)."""
+    for name, t in row_inputs.items():
+        check_tensor(f"row_inputs[{name!r}]", t)
+        if t.shape[: len(lead)] != lead:
+            raise ValueError(
+                f"row_inputs[{name!r}] must have the leading dims of input, {tuple(lead)}, "
+                f"got shape {tuple(t.shape)}"
+            )
+    check_devices(input, **row_inputs)
+    return {
+        name: t.flatten(0, len(lead) - 1) if lead else t.unsqueeze(0)
+        for name, t in row_inputs.items()
+    }
+
+
 def row_factors(
     ids: Tensor | None, row_weights: Tensor | None, weight: Tensor | None, head: HeadInputs
 ) -> tuple[Tensor | None, Tensor]:
-    """u_n = sample_weight · weight[y] (None for 1), and its sum over counted rows, 1 where 0."""
+    """u_n = sample_weight · weight[y] (None for 1), and its sum over counted rows, inf where 0."""
     u = row_weights
     if ids is not None and weight is not None:
         at = weight[ids[:, 0].clamp(0, weight.shape[0] - 1)]
@@ -285,7 +348,7 @@ def row_factors(
     else:
         total = torch.full((), float(head.x.shape[0]), dtype=accumulate_dtype(head.x.dtype),
                            device=head.x.device)  # fmt: skip
-    return u, torch.where(total == 0, 1.0, total)
+    return u, torch.where(total == 0, torch.inf, total)  # nothing to average: loss and gradients 0
 
 
 def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -> Tensor:
@@ -307,136 +370,5 @@ def planned_rows(head: HeadInputs, options: LinearLossOptions) -> int | None:
         n, head.x.shape[1], v, head.x.dtype, head.w.requires_grad, options.max_workspace_bytes
     )
     if rows is None and options.schedule == "one_sweep":
-        return 1 + (n - 1) // max(1, -(-n // 128))  # asked for: about 128 rows at a time
+        return -(-n // max(1, -(-n // 128))) or 1  # asked for: about 128 rows at a time
     return rows
-
-
-class _Sweep:
-    """One sweep of a user's loss: what its forward, and a second backward, run."""
-
-    def __init__(
-        self,
-        head: HeadInputs,
-        ids: Tensor | None,
-        class_vector: Tensor | None,
-        names: tuple[str, ...],
-        losses: Callable[[Sequence[Tensor], slice | Tensor], Tensor],
-        parameters: tuple[Tensor, ...],
-        rows: int,
-        backend: str,
-    ) -> None:
-        self.ids, self.class_vector, self.names = ids, class_vector, names
-        self.losses, self.softcap = losses, head.softcap
-        self.rows, self.backend = rows, backend
-        self.known = {id(p) for p in parameters}
-        needs = [t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)]
-        self.needs = Needs(*needs)
-
-    def run(self, x: Tensor, w: Tensor, b: Any, scale: Any, *parameters: Tensor) -> list[Any]:
-        """Total loss, dx, dw, db, dscale and the parameters' gradients; [None] to take two sweeps."""
-        check_target(self.ids, w.shape[0])
-        head = Head(x, w, b, scale, self.softcap, self.ids, self.class_vector, None, self.names)
-        order = outputs(self.names)
-        smooth = [i for i, n in enumerate(order) if n != "shift" and n not in INDEX_OUTPUTS]
-        sums = [torch.zeros_like(p) for p in parameters]
-        foreign = False
-
-        def row_function(
-            stats: list[Tensor], rows: slice | Tensor
-        ) -> tuple[Tensor, list[Tensor | None]]:
-            nonlocal foreign
-            with torch.enable_grad():
-                leaves = [stats[i].detach().requires_grad_() for i in smooth]
-                given = list(stats)
-                for i, leaf in zip(smooth, leaves, strict=True):
-                    given[i] = leaf
-                losses = self.losses(given, rows)
-                if _reaches_others(losses, {*map(id, leaves), *self.known}):
-                    foreign = True
-                    raise _TwoSweepsError
-                wanted = [p for p in parameters if p.requires_grad]
-                found = (
-                    torch.autograd.grad(losses.sum(), [*leaves, *wanted], allow_unused=True)
-                    if losses.requires_grad
-                    else [None] * (len(leaves) + len(wanted))
-                )
-            coefficients: list[Tensor | None] = [None] * len(order)
-            for i, c in zip(smooth, found, strict=False):
-                coefficients[i] = c
-            following = iter(found[len(leaves) :])
-            for total, p in zip(sums, parameters, strict=True):
-                if p.requires_grad and (grad := next(following)) is not None:
-                    total += grad
-            return losses.detach(), coefficients
-
-        primitives = backends.select(self.backend, x.device, x.dtype).primitives()
-        wanted = [n for n in order if n != "shift" and n not in INDEX_OUTPUTS]
-        try:
-            losses, grads = one_sweep(head, wanted, row_function, self.needs, primitives, self.rows)
-        except _TwoSweepsError:
-            return [None]
-        return [losses.sum(), *(x.new_empty(0) if g is None else g for g in grads), *sums]
-
-
-class _TwoSweepsError(Exception):
-    """loss_fn closes over a tensor that wants a gradient and is not among its parameters."""
-
-
-def _reaches_others(losses: Tensor, known: set[int]) -> bool:
-    """Whether the graph of ``losses`` reaches a leaf that is not among ``known``."""
-    pending, seen = [losses.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
-
-
-class _UserLoss(torch.autograd.Function):
-    """Summed loss of a user's F in one sweep, with its gradients as further outputs."""
-
-    @staticmethod
-    def forward(sweep: _Sweep, *tensors: Tensor) -> tuple[Any, ...]:
-        return tuple(sweep.run(*tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        ctx.sweep, ctx.used = inputs[0], False
-        if output[0] is None:
-            return
-        ctx.count = len(inputs)
-        ctx.save_for_backward(*inputs[1:], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        sweep, count = ctx.sweep, ctx.count
-        if g is None:
-            return (None,) * count
-        inputs, ready = ctx.saved_tensors[: count - 1], ctx.saved_tensors[count - 1 :]
-        if torch.is_grad_enabled() and len(inputs) > 4:
-            raise NotImplementedError(
-                "second derivatives with `parameters` are not supported in one sweep; "
-                "pass options=LinearLossOptions(schedule='two_sweeps')"
-            )
-
-        def value(x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Tensor]:
-            stats = reference_statistics(
-                x, w, b, scale, sweep.softcap, sweep.ids, sweep.class_vector, None, sweep.names
-            )
-            return [sweep.losses(stats, slice(None)).sum()]
-
-        def again() -> Sequence[Tensor]:
-            return sweep.run(*inputs)[1:]
-
-        if ctx.used:
-            ready = again()
-        value_of: Value = value
-        grads = hand_out(ctx, inputs[:4], sweep.needs, g, ready[:4], lambda: ready[:4], value_of)
-        return (None, *grads, *(g * p for p in ready[4:]))

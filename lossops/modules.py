@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossops import cross_entropy as _ce
-from lossops import linear as _linear
+from lossops.cross_entropy import cross_entropy, linear_cross_entropy, linear_log_prob
+from lossops.linear import linear_loss
 
 
 class _LinearHead(nn.Module):
@@ -79,7 +79,7 @@ class LinearCrossEntropyLoss(_LinearHead):
 
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
         """Loss of ``input`` (..., D) and ``target``; keywords override those of the module."""
-        return _ce.linear_cross_entropy(
+        return linear_cross_entropy(
             input,
             self.linear_weight,
             target,
@@ -94,7 +94,7 @@ class LinearLogProb(_LinearHead):
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         """log p of ``target`` (...), or with the entropy."""
-        return _ce.linear_log_prob(
+        return linear_log_prob(
             input, self.linear_weight, target, linear_bias=self.linear_bias, **self.options
         )
 
@@ -111,7 +111,7 @@ class LinearLoss(_LinearHead):
     def forward(self, input: Tensor, target: Tensor | None, **row_inputs: Tensor) -> Tensor:
         """Loss of ``input`` (..., D) and ``target``; further tensors go to ``loss_fn`` by row."""
         parameters = tuple(self.loss_fn.parameters()) if isinstance(self.loss_fn, nn.Module) else ()
-        return _linear.linear_loss(
+        return linear_loss(
             input,
             self.linear_weight,
             target,
@@ -135,4 +135,4 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Any:
         """Loss of ``logits`` (..., V) and ``target``."""
-        return _ce.cross_entropy(logits, target, weight=self.weight, **self.options)
+        return cross_entropy(logits, target, weight=self.weight, **self.options)

@@ -6,7 +6,8 @@ empty. Schemas are one for all backends; the ``backend`` argument says who compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -21,6 +22,7 @@ from lossops.schedules import (
     flatten_none,
     one_sweep,
     two_sweeps_gradient,
+    without_autocast,
 )
 from lossops.statistics import INDEX_OUTPUTS, outputs
 
@@ -38,13 +40,12 @@ library.define(
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    f"linear_cross_entropy({HEAD}, {TERMS}, bool[] needs, int chunk_rows, str backend)"
+    f"linear_cross_entropy({HEAD}, {TERMS}, bool[] needs, SymInt chunk_rows, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(f"logits_statistics({LOGITS}, str backend) -> Tensor[]")
 library.define(
-    f"logits_gradient({LOGITS}, Tensor[] statistics, Tensor?[] coefficients, str backend)"
-    " -> Tensor"
+    f"logits_gradient({LOGITS}, Tensor[] statistics, Tensor?[] coefficients, str backend) -> Tensor"
 )
 
 HeadArguments = tuple[
@@ -70,9 +71,11 @@ def check_target(target: Tensor | None, num_classes: int) -> None:
         return
     low, high = (int(t) for t in torch.aminmax(target))
     if low < -1 or high >= num_classes:
+        # `inputs.class_ids` makes V of negative ids, since -1 stands for ignored rows here.
+        found = high if high > num_classes else f"{num_classes} or negative"
         raise IndexError(
             f"target must hold class ids in [0, {num_classes}) or ignore_index, got one that is "
-            f"{'negative' if low < -1 else f'{high}'}"
+            f"{'negative' if low < -1 else found}"
         )
 
 
@@ -90,7 +93,8 @@ def _linear_statistics(
 ) -> list[Tensor]:
     check_target(target, w.shape[0])
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-    return _primitives(backend, x).linear_statistics(*head)
+    found: list[Tensor] = _primitives(backend, x).linear_statistics(*head)
+    return found
 
 
 def _linear_gradient(
@@ -251,6 +255,15 @@ def _fake_logits_gradient(logits: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _in_full_precision(implementation: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(implementation)
+    def run(x: Tensor, *arguments: object) -> object:
+        with without_autocast(x.device):
+            return implementation(x, *arguments)
+
+    return run
+
+
 for _name, _implementation, _fake in (
     ("linear_statistics", _linear_statistics, _fake_linear_statistics),
     ("linear_gradient", _linear_gradient, _fake_linear_gradient),
@@ -258,5 +271,5 @@ for _name, _implementation, _fake in (
     ("logits_statistics", _logits_statistics, _fake_logits_statistics),
     ("logits_gradient", _logits_gradient, _fake_logits_gradient),
 ):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    library.impl(_name, _in_full_precision(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossops::{_name}", _fake, lib=library)

@@ -123,4 +123,3 @@ def overall_argmax(values: dict[str, Tensor], target: Tensor | None) -> Tensor:
     y, z = target[:, 0], values["target"].reshape(best.shape)
     first = (z > values["max"]) | ((z == values["max"]) & (y < best)) | (best < 0)
     return torch.where(first & (y >= 0), y, best)
-

@@ -195,7 +195,7 @@ def logits_statistics(
     teacher: Tensor | None,
     names: Sequence[str],
 ) -> list[Tensor]:
-    """Statistics of logits (N, V) that exist, in the order of ``outputs(names)``; differentiable."""
+    """Statistics of existing logits (N, V), in the order of ``outputs(names)``; differentiable."""
     z = z.to(accumulate_dtype(z.dtype))
     n, v = z.shape
     mask = torch.zeros_like(z, dtype=torch.bool)
@@ -214,7 +214,11 @@ def logits_statistics(
         elif name == "lse":
             found["lse"] = _logsumexp(neg)
         elif name == "entropy":
-            q = (neg - _logsumexp(neg).unsqueeze(1)).masked_fill(neg == -torch.inf, -torch.inf).exp()
+            q = (
+                (neg - _logsumexp(neg).unsqueeze(1))
+                .masked_fill(neg == -torch.inf, -torch.inf)
+                .exp()
+            )
             found["mean"] = (q * neg.masked_fill(q == 0, 0.0)).sum(1)
         elif name == "max":
             found["max"], found["argmax"] = _largest(neg)
@@ -242,7 +246,8 @@ def logits_statistics(
             assert teacher is not None
             t = teacher.to(rel.dtype)
             t = t if class_vector is None else t * class_vector.to(rel.dtype)
-            found["teacher"] = (rel.masked_fill(t == 0, 0.0) * t).sum(1)
+            masked = (t == 0) & (rel == -torch.inf)  # elsewhere z is the gradient of t, even at 0
+            found["teacher"] = (rel.masked_fill(masked, 0.0) * t).sum(1)
         else:
             found[name] = _logsumexp(neg * temperature(name))
     return [found[name] for name in outputs(names)]
@@ -363,8 +368,9 @@ def _negatives_gradient(
     if (c := coef.get("weighted_sum")) is not None and class_vector is not None:
         dz += c.unsqueeze(1) * class_vector.to(dz.dtype)
     if (c := coef.get("teacher")) is not None and teacher is not None:
-        t = teacher.to(dz.dtype)
-        dz += c.unsqueeze(1) * (t if class_vector is None else t * class_vector.to(dz.dtype))
+        taught = teacher.to(dz.dtype)
+        taught = taught if class_vector is None else taught * class_vector.to(dz.dtype)
+        dz += c.unsqueeze(1) * taught
     for name in ("max", "runner_up", "below_target"):
         if (c := coef.get(name)) is not None:
             ids = stat[STATISTICS[name].outputs[1]].unsqueeze(1)

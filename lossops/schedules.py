@@ -9,6 +9,7 @@ two sweeps   forward keeps the statistics; backward recomputes the tiles, slabs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -202,6 +203,13 @@ def two_sweeps_gradient(
 def _chunks(n: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, n, size):
         yield start, min(start + size, n)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside: it would round the float32 products of a sweep to half precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def flatten_none(tensors: Sequence[Any], like: Tensor) -> list[Tensor]:

@@ -33,7 +33,9 @@ class Statistic(NamedTuple):
 STATISTICS: dict[str, Statistic] = {
     "target": Statistic(("target",), "z at the target ids", "{y: 1}"),
     "lse": Statistic(("lse",), "log Σ e^{z_j} over the negatives", "q_j"),
-    "entropy": Statistic(("mean",), "Σ q_j z_j over the negatives", "q_j (1 + z_j - mean)", ("lse",)),
+    "entropy": Statistic(
+        ("mean",), "Σ q_j z_j over the negatives", "q_j (1 + z_j - mean)", ("lse",)
+    ),
     "max": Statistic(("max", "argmax"), "largest negative and its id", "[j = argmax]"),
     "runner_up": Statistic(
         ("runner_up", "runner_up_index"),
@@ -161,7 +163,9 @@ class RowStatistics:
         for name, value in self.values.items():
             if name.startswith(TEMPERATURE) and temperature(name) == t:
                 return value + t * self.shift
-        raise AttributeError(f"statistic 'lse@{t:g}' was not collected; add names=(..., 'lse@{t:g}')")
+        raise AttributeError(
+            f"statistic 'lse@{t:g}' was not collected; add names=(..., 'lse@{t:g}')"
+        )
 
     @property
     def max(self) -> Tensor:
@@ -216,14 +220,16 @@ class RowStatistics:
     @property
     def weighted_sum(self) -> Tensor:
         """Σ a_j z_j over all classes, (N,)."""
+        relative = self.relative("weighted_sum")
         assert self.class_vector_sum is not None
-        return self.relative("weighted_sum") + self.shift * self.class_vector_sum
+        return relative + self.shift * self.class_vector_sum
 
     @property
     def teacher(self) -> Tensor:
         """Σ t_j a_j z_j over all classes, (N,)."""
+        relative = self.relative("teacher")
         assert self.teacher_sum is not None
-        return self.relative("teacher") + self.shift * self.teacher_sum
+        return relative + self.shift * self.teacher_sum
 
     @property
     def target_minus_lse(self) -> Tensor:
@@ -273,7 +279,8 @@ class RowStatistics:
     def entropy(self) -> Tensor:
         """Entropy of softmax over all classes in nats, (N,)."""
         # H = -p log p + (1 - p)(H_q - log(1 - p)),  H_q = lse - mean
-        h_q = self.relative("lse") - self.relative("mean")
+        mean = self.relative("mean")  # first: where it is missing, the error names "entropy"
+        h_q = self.relative("lse") - mean
         if "target" not in self.values:
             return h_q
         log_p, log_1mp = self.log_p, self.log_1mp
@@ -378,10 +385,12 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
         elif name == "softplus":
             out[name] = la + lb
         elif name == "weighted_sum":
-            assert a.class_vector_sum is not None and b.class_vector_sum is not None
+            assert a.class_vector_sum is not None
+            assert b.class_vector_sum is not None
             out[name] = la + da * a.class_vector_sum + lb + db * b.class_vector_sum
         elif name == "teacher":
-            assert a.teacher_sum is not None and b.teacher_sum is not None
+            assert a.teacher_sum is not None
+            assert b.teacher_sum is not None
             out[name] = la + da * a.teacher_sum + lb + db * b.teacher_sum
     _merge_extremes(out, left, right, da, db, va)
     order = {name: out[name] for name in left}
@@ -405,7 +414,12 @@ def _merge_extremes(
 
     def both(value: str, index: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ib = right[index]
-        return left[value] + da, left[index], right[value] + db, torch.where(ib < 0, ib, ib + offset)
+        return (
+            left[value] + da,
+            left[index],
+            right[value] + db,
+            torch.where(ib < 0, ib, ib + offset),
+        )
 
     if "max" in left:
         a, ia, b, ib = both("max", "argmax")
@@ -418,7 +432,10 @@ def _merge_extremes(
         x, ix = torch.where(won, a, a2), torch.where(won, ia, ia2)
         y, iy = torch.where(won, b2, b), torch.where(won, ib2, ib)
         take = (y > x) | (ix < 0)
-        out["runner_up"], out["runner_up_index"] = torch.where(take, y, x), torch.where(take, iy, ix)
+        out["runner_up"], out["runner_up_index"] = (
+            torch.where(take, y, x),
+            torch.where(take, iy, ix),
+        )
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:

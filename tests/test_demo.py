@@ -5,15 +5,21 @@ import math
 import random
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
 
+from lossops_bench import demo
+from lossops_bench.demo import OURS, PLAIN, TOLERANCE
 from lossops_bench.demo_data import (
     MIN_TOKENS,
     UNKNOWN,
@@ -67,6 +73,30 @@ def test_smoke_run_end_to_end(corpus: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours[: len(plain)], plain, rtol=1e-5)
     assert ours[-1] < ours[0]  # it learns
     assert all(float(row["seconds"]) > 0 and int(row["extra_peak_bytes"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("off", "exit_code"), [(0.0, 0), (2 * TOLERANCE, 1), (math.nan, 1)])
+def test_losses_that_differ_fail_the_demo(
+    off: float, exit_code: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {OURS: (3.0, 2.0 + off, 1.5), PLAIN: (3.0, 2.0)}
+
+    def finished(head: str, *_: object) -> Run:
+        steps = [Step(i, loss, 1.0, 2**20) for i, loss in enumerate(losses[head], start=1)]
+        return Run(head, steps, perplexity=9.0)
+
+    monkeypatch.setattr(demo, "run_head", finished)
+    app = typer.Typer()
+    app.command()(demo.demo_command)
+    done = CliRunner().invoke(app, ["--smoke", "--corpus", str(corpus), "--out", str(tmp_path)])
+    assert done.exit_code == exit_code, done.output
+    assert ("DISAGREE" in done.output) == (exit_code == 1)
+
+
+def test_a_run_that_dies_is_reported(tmp_path: Path) -> None:
+    options = TrainOptions(classes=10)
+    with pytest.raises(RuntimeError, match="the lossops run died with exit code 1 after 0 steps"):
+        demo.run_head(OURS, tmp_path, options, 1, 1.0, Console())  # the folder holds no tokens
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -123,16 +153,15 @@ def test_max_tokens_caps_and_the_seed_decides_the_sample(corpus: Path) -> None:
 
 
 def test_too_little_text_is_refused(corpus: Path) -> None:
-    with pytest.raises(
-        ValueError, match=f"at least {MIN_TOKENS} tokens, got 300 in 1 files of text"
-    ):
+    with pytest.raises(ValueError, match=f"at least {MIN_TOKENS} tokens, got 300 in 1 files"):
         build_corpus(text_files([corpus]), classes=500, max_tokens=300)
 
 
 def test_python_sources_are_the_library_and_the_installed_packages() -> None:
     files = python_sources()
     assert Path(random.__file__).resolve() in files
-    assert any("site-packages" in path.parts for path in files)
+    packages = Path(sysconfig.get_path("purelib")).resolve()
+    assert any(packages in path.parents for path in files)
     assert all(path.suffix == ".py" for path in files)
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"lossops": ROOT / "lossops", "lossops_bench": ROOT / "bench" / "lossops_bench"}
 
 
-def run_python(*arguments, timeout=60, **environment):
+def run_python(*arguments, **environment):
     """Runs this Python in the repository, with variables set or, where None, unset."""
     variables = {**os.environ, **environment}
     return subprocess.run(
@@ -28,7 +28,7 @@ def run_python(*arguments, timeout=60, **environment):
         env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=120,
     )
 
 
@@ -46,7 +46,7 @@ def archives(tmp_path_factory):
     """The names in the sdist, without their first folder, and the wheel built from that sdist."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("packaging")
-    litter = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__")
+    litter = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, folder / "tree", ignore=litter)
     # What an earlier build left in place must not be shipped as part of a pure-Python wheel.
     (folder / "tree" / "lossops" / "_cpu_leftover.so").touch()
@@ -105,9 +105,9 @@ from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
 
-def find_unless_blocked(name, *arguments):
+def find_unless_blocked(name, *where, **also_where):
     blocked = name.partition(".")[0] == "triton" or name.startswith("lossops._")
-    return None if blocked else find_spec(name, *arguments)
+    return None if blocked else find_spec(name, *where, **also_where)
 
 PathFinder.find_spec = find_unless_blocked
 

@@ -6,6 +6,7 @@ functions live at module level, because memory is measured in fresh processes th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lossops_bench.shapes import Shape
 
-__all__ = ["Case", "Cost", "Mode", "Problem", "Rival", "Tensors", "Truth", "Unit", "step"]
+__all__ = ["Case", "Cost", "Mode", "Problem", "Rival", "Tensors", "Truth", "Unit"]
 
 Mode = Literal["training", "forward"]
 Tensors = dict[str, Tensor]
@@ -79,6 +80,8 @@ class Rival:
     """How it ran, e.g. the schedule that was chosen."""
     compiles: bool = False
     """It compiles for the shape on its first call, which is then no part of any measurement."""
+    consumes: bool = False
+    """It overwrites its inputs: every call gets copies of its own, made before the clock starts."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,25 @@ class Case:
             for name, value in inputs.items()
         }
 
+    def prepare(self, rival: Rival, mode: Mode, inputs: Tensors) -> Callable[[], Tensors]:
+        """A `call` that leaves the inputs as they are."""
+        if rival.consumes:
+            inputs = {
+                k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in inputs.items()
+            }
+        return partial(self.call, rival, mode, inputs)
+
+    def call(self, rival: Rival, mode: Mode, inputs: Tensors) -> Tensors:
+        """The loss, and in training mode the gradients by their names."""
+        if mode == "forward":
+            with torch.no_grad():
+                return {"loss": rival.loss(**inputs)}
+        loss = rival.loss(**inputs)
+        leaves = [inputs[name] for name in self.differentiable]
+        gradients = torch.autograd.grad(loss, leaves)
+        named = zip(self.differentiable.values(), gradients, strict=True)
+        return {"loss": loss.detach(), **dict(named)}
+
     def first_rows(self, inputs: Tensors, rows: int) -> Tensors:
         """The same problem on its first rows, as views."""
         return {k: v[:rows] if k in self.per_row else v for k, v in inputs.items()}
-
-
-def step(case: Case, rival: Rival, mode: Mode, inputs: Tensors) -> Tensors:
-    """One timed call: the loss, and in training mode the gradients by their names."""
-    if mode == "forward":
-        with torch.no_grad():
-            return {"loss": rival.loss(**inputs)}
-    loss = rival.loss(**inputs)
-    leaves = [inputs[name] for name in case.differentiable]
-    gradients = torch.autograd.grad(loss, leaves)
-    named = zip(case.differentiable.values(), gradients, strict=True)
-    return {"loss": loss.detach(), **dict(named)}

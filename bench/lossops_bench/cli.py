@@ -1,6 +1,7 @@
 """The command line: `lossops-bench list | run | demo`."""
 
 import os
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -10,16 +11,15 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lossops_bench.case import Case, Problem, Rival
 from lossops_bench.cases import CASES
 from lossops_bench.figures import Row, append_rows, rows
 from lossops_bench.inputs import tiny
 from lossops_bench.plot import save_plot
-from lossops_bench.report import caption, results_table
+from lossops_bench.report import case_table, footnotes, results_table, shapes_table
 from lossops_bench.runner import Settings, run, steps
-from lossops_bench.shapes import SHAPES, parse_shape
+from lossops_bench.shapes import SHAPES, Shape, parse_shape
 
 __all__ = ["build_app"]
 
@@ -58,21 +58,11 @@ def build_app() -> typer.Typer:
 
 def list_command() -> None:
     """Show the cases with their rivals, and the shapes that have a name."""
-    console = Console()
+    console = _console()
+    problem = tiny(Problem(SHAPES["small"], torch.bfloat16))
     for case in CASES.values():
-        problem = tiny(Problem(SHAPES["small"], torch.bfloat16))
-        table = Table(title=f"{case.name}: {case.summary}", title_justify="left")
-        for heading in ("rival", "what it is", "why it cannot run here"):
-            table.add_column(heading)
-        for rival in case.rivals:
-            table.add_row(rival.name, rival.summary, rival.objection(problem) or "")
-        console.print(table)
-    table = Table(title="shapes (NAME:N takes another N)", title_justify="left")
-    for heading in ("name", "N", "D", "V"):
-        table.add_column(heading, justify="left" if heading == "name" else "right")
-    for name, shape in SHAPES.items():
-        table.add_row(name, str(shape.rows), str(shape.features), str(shape.classes))
-    console.print(table)
+        console.print(case_table(case, problem))
+    console.print(shapes_table(SHAPES.values()))
 
 
 def run_command(
@@ -97,16 +87,23 @@ def run_command(
     competing = _rivals(chosen, rivals)
     _check_device(device)
     problems = [
-        Problem(one, getattr(torch, kind.value), mode.value, device, threads or _cores(), seed)
+        Problem(
+            one,
+            getattr(torch, kind.value),
+            mode.value,
+            device,
+            threads or os.cpu_count() or 1,
+            seed,
+        )
         for one in map(_shape, shape or ["small"])
         for kind in dtype or [Dtype.float32]
     ]
     settings = Settings(repeats=repeats, memory=memory, patience=patience)
-    console = Console()
+    console = _console()
     done: list[list[Row]] = []
     for problem in problems:
         done.append(_run(chosen, problem, competing, settings, console))
-        console.print(results_table(done[-1]), caption(done[-1]), sep="\n", end="\n\n")
+        console.print(results_table(done[-1]), footnotes(done[-1]), "")
         if json:
             append_rows(done[-1], json)
     if plot:
@@ -116,7 +113,12 @@ def run_command(
 def _run(
     case: Case, problem: Problem, rivals: Sequence[Rival], settings: Settings, console: Console
 ) -> list[Row]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("inputs", total=steps(rivals, settings))
 
@@ -132,7 +134,7 @@ def _case(name: str) -> Case:
     return CASES[name]
 
 
-def _shape(text: str):
+def _shape(text: str) -> Shape:
     try:
         return parse_shape(text)
     except ValueError as error:
@@ -148,8 +150,11 @@ def _rivals(case: Case, names: str) -> list[Rival]:
 
 def _check_device(device: str) -> None:
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise typer.BadParameter(f"--device must be cpu, or cuda where torch has a GPU; got {device!r}")
+        raise typer.BadParameter(
+            f"--device must be cpu, or cuda where torch has a GPU; got {device!r}"
+        )
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
+def _console() -> Console:
+    """As wide as the terminal; a file gets lines long enough for the widest table."""
+    return Console(width=None if sys.stdout.isatty() else 130)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Literal
 
 from lossops_bench.case import Case, Problem
@@ -43,10 +43,11 @@ class Figures:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance from the fastest to the slowest round, relative to the median."""
-        if not self.seconds:
-            return None
-        return (max(self.seconds) - min(self.seconds)) / 2 / median(self.seconds)
+        """Half the distance between the quartiles of the rounds, relative to their median."""
+        if len(self.seconds) < 2:
+            return 0.0 if self.seconds else None
+        first, middle, third = quantiles(self.seconds, n=4, method="inclusive")
+        return (third - first) / 2 / middle
 
 
 @dataclass
@@ -60,6 +61,12 @@ class Report:
     """The fastest way to do the unit: costs are counted in it."""
     truth_rows: int
     """Rows on which the results were held against the truth."""
+
+    @property
+    def least_units(self) -> float:
+        """What the model of bytes and FLOPs allows: 3 GEMMs for a linear head in training."""
+        case, unit = self.case.cost(self.problem), self.case.unit.cost(self.problem)
+        return case.flops / unit.flops if unit.flops else case.bytes / unit.bytes
 
 
 def rows(report: Report) -> list[Row]:
@@ -75,6 +82,7 @@ def rows(report: Report) -> list[Row]:
         "device": problem.device,
         "seed": problem.seed,
         "unit": f"{report.case.unit.name}: {report.unit}",
+        "least_units": report.least_units,
         "truth_rows": report.truth_rows,
     }
     about = {"versions": versions(), "machine": describe_machine(problem.device, problem.threads)}
@@ -83,9 +91,9 @@ def rows(report: Report) -> list[Row]:
 
 def _measured(figures: Figures, report: Report) -> Row:
     seconds = figures.median
-    unit_cost, case_cost = report.case.unit.cost(report.problem), report.case.cost(report.problem)
+    of = report.case.unit.cost if figures.status == "unit" else report.case.cost
+    cost = of(report.problem)
     per_second = 1 / seconds if seconds else None
-    cost = unit_cost if figures.status == "unit" else case_cost
     return {
         "rival": figures.name,
         "status": figures.status,

@@ -1,4 +1,4 @@
-"""Seeded inputs shared by cases: features, class vectors and targets like those of a language model.
+"""Seeded inputs shared by cases: features, class vectors and targets as of a language model.
 
     w ~ N(0, 1/D)      y log-uniform over the classes, as words are      x = n + c w_y,  n ~ N(0, 1)
 
@@ -46,7 +46,5 @@ def pulled_features(problem: Problem, w: Tensor, y: Tensor) -> Tensor:
 def tiny(problem: Problem) -> Problem:
     """A problem that runs in milliseconds through the same code, to wake libraries up."""
     shape = problem.shape
-    small = replace(
-        shape, rows=min(shape.rows, 64), features=min(shape.features, 64), classes=1000
-    )
+    small = replace(shape, rows=min(shape.rows, 64), features=min(shape.features, 64), classes=1000)
     return replace(problem, shape=small)

@@ -27,7 +27,7 @@ def free_bytes(device: str) -> int:
     """Bytes a run may still take on the device; containers' limits count."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] - KEPT_FREE
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     for limit, used in _LIMITS:
         try:
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))

@@ -19,11 +19,10 @@ Call = Callable[[], object]
 
 def seconds(call: Call, device: str) -> float:
     """The wall time of one call, with the work it left on the device."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronize()
+    _finish_work(device)
     start = time.perf_counter()
     call()
-    synchronize()
+    _finish_work(device)
     return time.perf_counter() - start
 
 
@@ -58,4 +57,9 @@ def product_ways(
 def copy_ways(name: str, problem: Problem, inputs: Tensors) -> dict[str, Callable[[], Call]]:
     """One copy of a tensor into memory that exists."""
     source = inputs[name].detach()
-    return {"copy": lambda: partial(torch.zeros_like(source).copy_, source)}
+    return {f"of the {name}": lambda: partial(torch.zeros_like(source).copy_, source)}
+
+
+def _finish_work(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

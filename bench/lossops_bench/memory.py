@@ -31,7 +31,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from lossops_bench.case import Case, Problem, Rival, Tensors, step
+from lossops_bench.case import Case, Problem, Rival, Tensors
 from lossops_bench.inputs import tiny
 
 __all__ = ["Prepared", "Reading", "RivalSetup", "peak_extra"]
@@ -59,15 +59,17 @@ class RivalSetup:
 
     def __call__(self) -> Prepared:
         torch.set_num_threads(self.problem.threads)
-        small = tiny(self.problem)
-        self._step(self.case.with_gradients(small, self.case.make_inputs(small)))
-        inputs = self.case.with_gradients(self.problem, self.case.make_inputs(self.problem))
+        self._call(self._inputs(tiny(self.problem)))
+        inputs = self._inputs(self.problem)
         if self.rival.compiles:
-            self._step(inputs)
-        return partial(self._step, inputs), inputs.values()
+            self._call(inputs)
+        return partial(self._call, inputs), inputs.values()
 
-    def _step(self, inputs: Tensors) -> Tensors:
-        return step(self.case, self.rival, self.problem.mode, inputs)
+    def _inputs(self, problem: Problem) -> Tensors:
+        return self.case.with_gradients(problem, self.case.make_inputs(problem))
+
+    def _call(self, inputs: Tensors) -> Tensors:
+        return self.case.call(self.rival, self.problem.mode, inputs)
 
 
 def peak_extra(setup: Callable[[], Prepared], timeout: float) -> Reading:
@@ -149,9 +151,7 @@ class KernelMeter(Meter):
     @staticmethod
     def _status() -> dict[str, int]:
         pairs = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-        return {
-            pair[0].rstrip(":"): int(pair[1]) * 1024 for pair in pairs if pair[-1:] == ["kB"]
-        }
+        return {pair[0].rstrip(":"): int(pair[1]) * 1024 for pair in pairs if pair[-1:] == ["kB"]}
 
 
 class SamplingMeter(Meter):
@@ -161,7 +161,7 @@ class SamplingMeter(Meter):
 
     def __init__(self, interval: float = 1e-3) -> None:
         self.process = psutil.Process()
-        self.start = self.peak = self.process.memory_info().rss
+        self.start = self.peak = int(self.process.memory_info().rss)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, args=(interval,), daemon=True)
         self.thread.start()
@@ -169,7 +169,7 @@ class SamplingMeter(Meter):
     def extra(self) -> int:
         self.done.set()
         self.thread.join()
-        return max(self.peak, self.process.memory_info().rss) - self.start
+        return max(self.peak, int(self.process.memory_info().rss)) - self.start
 
     def _watch(self, interval: float) -> None:
         while not self.done.wait(interval):

@@ -1,73 +1,116 @@
 """Tables for people: of a run's rows, and of what can be run."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lossops_bench.case import Case, Problem
 from lossops_bench.figures import Row
+from lossops_bench.shapes import Shape
 
-__all__ = ["bytes_text", "caption", "problem_title", "results_table", "seconds_text"]
-
-
-def problem_title(row: Row) -> str:
-    name = f"{row['shape_name']} " if row["shape_name"] else ""
-    n, d, v = row["shape"]
-    return f"{row['case']} {row['mode']} · {name}N={n} D={d} V={v} · {row['dtype']}"
+__all__ = [
+    "bytes_text",
+    "case_table",
+    "footnotes",
+    "problem_title",
+    "results_table",
+    "shapes_table",
+]
 
 
 def results_table(rows: Sequence[Row]) -> Table:
-    """The rows of one problem; rivals that were skipped are not among the lines."""
-    table = Table(title=problem_title(rows[0]), title_style="bold", title_justify="left")
+    """The rows of one problem; rivals that did not run are left to the footnotes."""
     errors = list(dict.fromkeys(name for row in rows for name in row["errors"]))
-    table.add_column("rival", no_wrap=True)
     unit = rows[0]["unit"].partition(":")[0]
-    for name in ("time", "±", "rows/s", "GB/s", "TFLOP/s", f"{unit}s", "extra"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in errors:
-        table.add_column(f"error {name}", justify="right")
+    speed = ("time", "±", "rows/s", "GB/s", "TFLOP/s", f"× {unit}", "extra")
     notes = any(row["note"] for row in rows)
+    table = _table(problem_title(rows[0]))
+    table.add_column("rival", no_wrap=True)
+    for heading in (*speed, *(f"{name} err" for name in errors)):
+        table.add_column(heading, justify="right", no_wrap=True)
     if notes:
-        table.add_column("ran")
+        table.add_column("ran", no_wrap=True)
     for row in rows:
-        if row["status"] != "skipped":
+        if row["status"] in _STYLES:
             cells = [*_speed(row), *(_error(row["errors"].get(name)) for name in errors)]
             table.add_row(*cells, *([row["note"]] if notes else []), style=_style(row))
     return table
 
 
-def caption(rows: Sequence[Row]) -> Text:
-    """What the table does not say: who is missing and why, and on what the errors rest."""
-    first, lines = rows[0], []
-    for status, group in groupby(sorted(rows, key=lambda r: r["status"]), lambda r: r["status"]):
-        if status in ("wrong", "skipped"):
-            lines += [f"{status}: {row['rival']}: {row['reason']}" for row in group]
-    n, machine = first["shape"][0], first["machine"]
-    part = "" if first["truth_rows"] == n else f", on the first {first['truth_rows']} of {n} rows"
-    lines += [
-        f"1 {first['unit']}. Errors are relative to float64{part}.",
-        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, "
-        f"torch {first['versions']['torch']}, lossops {first['versions']['lossops']}",
+def footnotes(rows: Sequence[Row]) -> Text:
+    """What the table does not say: who is missing and why, and what the figures rest on."""
+    lines = [
+        f"{row['rival']}: {row['status']}: {row['reason']}"
+        for status in ("wrong", "skipped", "absent")
+        for row in rows
+        if row["status"] == status
     ]
+    first, machine, versions = rows[0], rows[0]["machine"], rows[0]["versions"]
+    checked, n = first["truth_rows"], first["shape"][0]
+    if checked:
+        part = f", on the first {checked} of {n} rows" if checked < n else ""
+        lines.append(f"The unit is {first['unit']}. Errors are against float64{part}.")
+    lines.append(
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, "
+        f"torch {versions['torch']}, lossops {versions['lossops']}, Python {versions['python']}"
+    )
     return Text("\n".join(lines), style="dim")
 
 
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+def problem_title(row: Row) -> str:
+    name = f"{row['shape_name']} " if row["shape_name"] else ""
+    n, d, v = row["shape"]
+    return f"{row['case']}, {row['mode']}, {name}N={n} D={d} V={v}, {row['dtype']}"
+
+
+def case_table(case: Case, problem: Problem) -> Table:
+    """A case's rivals, with what each has against running a problem."""
+    table = _table(f"{case.name}: {case.summary}")
+    for heading in ("rival", "what it is", "why it cannot run here"):
+        table.add_column(heading)
+    for rival in case.rivals:
+        objection = rival.objection(problem) or ""
+        table.add_row(rival.name, rival.summary, objection, style="dim" if objection else "")
+    return table
+
+
+def shapes_table(shapes: Iterable[Shape]) -> Table:
+    table = _table("Shapes by name; NAME:N takes another N")
+    table.add_column("name")
+    for heading in ("N", "D", "V"):
+        table.add_column(heading, justify="right")
+    for shape in shapes:
+        table.add_row(shape.name, str(shape.rows), str(shape.features), str(shape.classes))
+    return table
 
 
 def bytes_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+_STYLES = {"ok": "", "wrong": "red", "unit": "dim"}
+
+
+def _style(row: Row) -> str:
+    ours = row["status"] == "ok" and row["rival"].startswith("lossops")
+    return "bold green" if ours else _STYLES[row["status"]]
+
+
+def _table(title: str) -> Table:
+    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    return Table(title=title, title_style="bold", title_justify="left", **look)  # type: ignore[arg-type]
+
+
 def _speed(row: Row) -> list[str]:
     extra = "" if row["extra_bytes"] is None else bytes_text(row["extra_bytes"])
     if row["status"] == "wrong":
         return [row["rival"], "wrong", "", "", "", "", "", extra]
+    seconds = row["seconds"]
     return [
         row["rival"],
-        seconds_text(row["seconds"]),
+        f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms",
         f"{row['spread']:.0%}",
         f"{row['rows_per_second']:,.0f}",
         f"{row['gigabytes_per_second']:.1f}",
@@ -79,9 +122,3 @@ def _speed(row: Row) -> list[str]:
 
 def _error(error: float | None) -> str:
     return "" if error is None else f"{error:.1e}"
-
-
-def _style(row: Row) -> str:
-    if row["status"] == "ok":
-        return "bold green" if row["rival"].startswith("lossops") else ""
-    return {"wrong": "red", "unit": "dim"}[row["status"]]

@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from lossops_bench.case import Case, Problem, Rival, Tensors, step
+from lossops_bench.case import Case, Problem, Rival, Tensors
 from lossops_bench.figures import Figures, Report
 from lossops_bench.machine import free_bytes
 from lossops_bench.measure import seconds
@@ -26,7 +26,7 @@ from lossops_bench.truth import errors, verdict
 
 __all__ = ["TRUTH_FLOPS", "Settings", "run", "steps"]
 
-TRUTH_FLOPS = 6 * 10**11
+TRUTH_FLOPS = 4 * 10**11
 """Float64 operations a truth may take: some ten seconds on two cores."""
 
 
@@ -82,6 +82,8 @@ class _Run:
         self.ask()
         if self.settings.memory:
             self.measure_memory()
+        if not self.running:
+            return Report(self.case, self.problem, [*self.figures.values()], "", 0)
         inputs = self.case.make_inputs(self.problem)
         rows = self.truth_rows()
         self.examine(self.case.first_rows(inputs, rows))
@@ -131,7 +133,7 @@ class _Run:
         truth = case.truth(self.problem, inputs)
 
         def errors_of(rival: Rival) -> dict[str, float]:
-            return errors(step(case, rival, self.problem.mode, inputs), truth)
+            return errors(case.prepare(rival, self.problem.mode, inputs)(), truth)
 
         baseline = case.rival(case.baseline)
         cut = replace(self.problem, shape=replace(self.problem.shape, rows=rows))
@@ -153,13 +155,13 @@ class _Run:
         inputs = case.with_gradients(problem, inputs)
         ways = case.unit.ways(problem, inputs)
         units = {way: Figures(f"{case.unit.name}: {way}", "unit") for way in ways}
-        calls = {r.name: partial(step, case, r, problem.mode, inputs) for r in self.running}
+        own = {r.name: partial(case.prepare, r, problem.mode, inputs) for r in self.running}
         rounds = {}
         for rival in self.running:
             self.on_step(f"{rival.name}: warming up")
             if rival.compiles:
-                calls[rival.name]()
-            warm = seconds(calls[rival.name], problem.device)
+                own[rival.name]()()
+            warm = seconds(own[rival.name](), problem.device)
             rounds[rival.name] = max(1, min(repeats, int(self.settings.patience / warm)))
             self.figures[rival.name].note = rival.note(problem, inputs)
         gc.collect()
@@ -167,12 +169,12 @@ class _Run:
             self.on_step(f"round {index + 1} of {repeats}: {case.unit.name}")
             for way, prepare in ways.items():
                 units[way].seconds.append(seconds(prepare(), problem.device))
-            for name, call in calls.items():
+            for name, prepare in own.items():
                 self.on_step(f"round {index + 1} of {repeats}: {name}")
                 if index < rounds[name]:
-                    self.figures[name].seconds.append(seconds(call, problem.device))
+                    self.figures[name].seconds.append(seconds(prepare(), problem.device))
         fastest = min(ways, key=lambda way: median(units[way].seconds))
-        for mine in [*units.values(), *(self.figures[name] for name in calls)]:
+        for mine in [*units.values(), *(self.figures[name] for name in own)]:
             mine.units = ratio(mine.seconds, units[fastest].seconds)
         return list(units.values()), fastest
 

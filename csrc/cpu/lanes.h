@@ -2,7 +2,6 @@
 // loaded and stored, and the conversion of rows of any dtype to and from float or double.
 #pragma once
 
-#include <ATen/cpu/vec/functional_bfloat16.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/core/ScalarType.h>
 
@@ -26,10 +25,11 @@ struct Lane<Vec<S>> {
   static LOSSOPS_LANE L select(const L& mask, const L& yes, const L& no) {
     return L::blendv(no, yes, mask);
   }
-  static LOSSOPS_LANE L at_least(const L& x, S floor) { return at::vec::clamp_min(x, L(floor)); }
+  static LOSSOPS_LANE L at_least(const L& x, const L& floor) {
+    return at::vec::clamp_min(x, floor);
+  }
   static LOSSOPS_LANE L fma(const L& a, const L& b, const L& c) { return at::vec::fmadd(a, b, c); }
   static LOSSOPS_LANE L abs(const L& x) { return x.abs(); }
-  static LOSSOPS_LANE L log1p(const L& x) { return x.log1p(); }
   static LOSSOPS_LANE L tanh(const L& x) { return x.tanh(); }
   static LOSSOPS_LANE L power_of_two(const L& t) {
     const auto bits = at::vec::cast<std::int32_t>(t);
@@ -37,9 +37,16 @@ struct Lane<Vec<S>> {
   }
   static LOSSOPS_LANE L exp(const L& x) {
     if constexpr (std::is_same_v<S, float>) {
-      return exp_float(x);
+      return exp_float(x, L(0), L(-88.0f));
     } else {
       return x.exp();
+    }
+  }
+  static LOSSOPS_LANE L log1p(const L& e) {
+    if constexpr (std::is_same_v<S, float>) {
+      return log1p_float(e);
+    } else {
+      return e.log1p();
     }
   }
 };
@@ -78,15 +85,32 @@ inline double sum_of_lanes(const Vec<S>& v) {
   return sum;
 }
 
+// Two vectors of half precision from memory and to it.
+inline void load_pair(const at::BFloat16* p, Vec<float>& low, Vec<float>& high) {
+  at::vec::load_fp32_from_bf16(p, low, high);
+}
+inline void load_pair(const at::Half* p, Vec<float>& low, Vec<float>& high) {
+  at::vec::load_fp32_from_fp16(p, low, high);
+}
+inline void store_pair(at::BFloat16* p, const Vec<float>& low, const Vec<float>& high) {
+  at::vec::convert_float_bfloat16(low, high).store(p);
+}
+inline void store_pair(at::Half* p, const Vec<float>& low, const Vec<float>& high) {
+  at::vec::convert_float_half(low, high).store(p);
+}
+
+template <typename T>
+constexpr bool kIsHalf = std::is_same_v<T, at::BFloat16> || std::is_same_v<T, at::Half>;
+
 // (n,) of dtype T, `stride` apart, to and from (n,) of S, a vector at a time where both lie dense.
 template <typename T, typename S>
 inline void widen(const T* from, int64_t stride, int64_t n, S* to) {
   int64_t i = 0;
-  if constexpr (at::vec::is_reduced_floating_point_v<T> && std::is_same_v<S, float>) {
+  if constexpr (kIsHalf<T> && std::is_same_v<S, float>) {
     constexpr int64_t width = Vec<float>::size();
     for (; stride == 1 && i + 2 * width <= n; i += 2 * width) {
       Vec<float> low, high;
-      at::vec::load_to_float<T>(from + i, low, high);
+      load_pair(from + i, low, high);
       low.store(to + i);
       high.store(to + i + width);
     }
@@ -101,11 +125,10 @@ inline void widen(const T* from, int64_t stride, int64_t n, S* to) {
 template <typename S, typename T>
 inline void narrow(const S* from, int64_t stride, int64_t n, T* to) {
   int64_t i = 0;
-  if constexpr (at::vec::is_reduced_floating_point_v<T> && std::is_same_v<S, float>) {
+  if constexpr (kIsHalf<T> && std::is_same_v<S, float>) {
     constexpr int64_t width = Vec<float>::size();
     for (; stride == 1 && i + 2 * width <= n; i += 2 * width) {
-      const auto low = Vec<float>::loadu(from + i), high = Vec<float>::loadu(from + i + width);
-      at::vec::convert_from_float<T>(low, high).store(to + i);
+      store_pair(to + i, Vec<float>::loadu(from + i), Vec<float>::loadu(from + i + width));
     }
   }
   if (stride == 1) {

@@ -10,8 +10,8 @@ namespace {
 template <typename S>
 void add_scaled(S* to, const S* from, S factor, int64_t n) {
   for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
-    const Vec<S> sum = Lane<Vec<S>>::fma(Vec<S>(factor), load(from + i, count, S(0)),
-                                         load(to + i, count, S(0)));
+    const Vec<S> sum =
+        Lane<Vec<S>>::fma(Vec<S>(factor), load(from + i, count, S(0)), load(to + i, count, S(0)));
     store(to + i, sum, count);
   });
 }
@@ -19,24 +19,21 @@ void add_scaled(S* to, const S* from, S factor, int64_t n) {
 }  // namespace
 
 template <typename S>
-void target_gradient(const Chain<S>& chain, int64_t row, S* value) {
+S target_gradient(const Chain<S>& chain, int64_t row, int64_t k) {
   const Task<S>& task = chain.task;
   const RowBasis<S> basis = chain.basis(row);
   const S* logits = chain.statistic.target;
   TORCH_CHECK(logits != nullptr || (!(chain.terms & kMoment) && task.cap == 0),
               "this gradient needs the statistic 'target', got names without it; add it");
-  for (int64_t k = 0; k < task.targets; ++k) {
-    const int64_t i = row * task.targets + k, y = task.target_row(row)[k];
-    value[k] = 0;
-    if (y < 0 || y >= task.classes) continue;
-    const S rel = logits != nullptr ? logits[i] : S(0);
-    const S a = task.class_vector != nullptr ? task.class_vector[y] : S(1);
-    S t(0);
-    if (chain.terms & kTeacher) task.teacher.load(row, y, 1, &t);
-    value[k] = basis.dense(chain.terms, rel, a, t * a);
-    if (chain.coefficient.target != nullptr) value[k] += chain.coefficient.target[i];
-    if (task.cap != 0) value[k] *= softcap_slope(rel + basis.shift, task.cap);
-  }
+  const int64_t i = row * task.targets + k, y = task.target_row(row)[k];
+  const S rel = logits != nullptr ? logits[i] : S(0);
+  const S a = task.class_vector != nullptr ? task.class_vector[y] : S(1);
+  S t(0);
+  if (chain.terms & kTeacher) task.teacher.load(row, y, 1, &t);
+  S value = basis.dense(chain.terms, rel, a, t * a);
+  if (chain.coefficient.target != nullptr) value += chain.coefficient.target[i];
+  if (task.cap != 0) value *= softcap_slope(rel + basis.shift, task.cap);
+  return value;
 }
 
 template <typename S>
@@ -44,12 +41,11 @@ std::vector<TargetEntry<S>> target_entries(const Chain<S>& chain) {
   const Task<S>& task = chain.task;
   std::vector<TargetEntry<S>> entries;
   entries.reserve(task.rows * task.targets);
-  std::vector<S> value(task.targets);
   for (int64_t row = 0; row < task.rows; ++row) {
-    target_gradient(chain, row, value.data());
     for (int64_t k = 0; k < task.targets; ++k) {
       const int64_t y = task.target_row(row)[k];
-      if (y >= 0 && y < task.classes) entries.push_back({y, row, value[k]});
+      if (y < 0 || y >= task.classes) continue;
+      entries.push_back({y, row, target_gradient(chain, row, k)});
     }
   }
   std::stable_sort(entries.begin(), entries.end(),
@@ -63,14 +59,13 @@ void add_targets_to_rows(const Chain<S>& chain, const Operand& w, Tensor& dx) {
   const int64_t width = dx.size(1), stride = dx.stride(0);
   S* data = dx.template data_ptr<S>();
   at::parallel_for(0, task.rows, row_grain(width), [&](int64_t begin, int64_t end) {
-    std::vector<S> value(task.targets), wy(width);
+    std::vector<S> wy(width);
     for (int64_t row = begin; row < end; ++row) {
-      target_gradient(chain, row, value.data());
       for (int64_t k = 0; k < task.targets; ++k) {
         const int64_t y = task.target_row(row)[k];
         if (y < 0 || y >= task.classes) continue;
         w.load(y, 0, width, wy.data());
-        add_scaled(data + row * stride, wy.data(), value[k], width);
+        add_scaled(data + row * stride, wy.data(), target_gradient(chain, row, k), width);
       }
     }
   });
@@ -108,11 +103,11 @@ void add_targets_to_classes(const std::vector<TargetEntry<S>>& entries, int64_t 
   });
 }
 
-#define LOSSOPS_INSTANTIATE(S)                                                                     \
-  template std::vector<TargetEntry<S>> target_entries(const Chain<S>&);                            \
-  template void target_gradient(const Chain<S>&, int64_t, S*);                                     \
-  template void add_targets_to_rows(const Chain<S>&, const Operand&, Tensor&);                     \
-  template void add_targets_to_classes(const std::vector<TargetEntry<S>>&, int64_t, int64_t,       \
+#define LOSSOPS_INSTANTIATE(S)                                                               \
+  template std::vector<TargetEntry<S>> target_entries(const Chain<S>&);                      \
+  template S target_gradient(const Chain<S>&, int64_t, int64_t);                             \
+  template void add_targets_to_rows(const Chain<S>&, const Operand&, Tensor&);               \
+  template void add_targets_to_classes(const std::vector<TargetEntry<S>>&, int64_t, int64_t, \
                                        const Operand&, S, int64_t, S*, int64_t, S*);
 LOSSOPS_INSTANTIATE(float)
 LOSSOPS_INSTANTIATE(double)

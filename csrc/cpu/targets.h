@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "cpu/rows.h"
+#include "cpu/gradient.h"
 
 namespace lossops {
 
@@ -22,9 +22,9 @@ struct TargetEntry {
 template <typename S>
 std::vector<TargetEntry<S>> target_entries(const Chain<S>& chain);
 
-// dr at each target of one row, into value (K,); 0 where there is none.
+// dr at target k of a row, whose id must be a class.
 template <typename S>
-void target_gradient(const Chain<S>& chain, int64_t row, S* value);
+S target_gradient(const Chain<S>& chain, int64_t row, int64_t k);
 
 // dx (N, D), dense rows.
 template <typename S>

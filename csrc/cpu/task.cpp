@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "cpu/passes.h"
+
 namespace lossops {
 namespace {
 
@@ -30,8 +32,6 @@ void by_dtype(at::ScalarType dtype, F&& f) {
                   "; convert the tensor first");
   }
 }
-
-bool is_temperature(const std::string& name) { return name.starts_with(kTemperature); }
 
 double temperature(const std::string& name) {
   return std::strtod(name.c_str() + kTemperature.size(), nullptr);
@@ -95,6 +95,8 @@ Tensor dense(const Tensor& t) {
 
 }  // namespace
 
+bool is_temperature(const std::string& name) { return name.starts_with(kTemperature); }
+
 Operand::Operand(const Tensor& matrix)
     : data(const_cast<void*>(matrix.const_data_ptr())),
       dtype(matrix.scalar_type()),
@@ -148,17 +150,15 @@ std::vector<Tensor> allocate_statistics(const Names& names, int64_t rows, const 
       TORCH_CHECK(target.has_value(), "statistic 'target' needs target (N, K), got None");
       tensors.push_back(at::full({rows, target->size(1)}, -kInf<double>, options));
     } else {
-      tensors.push_back(
-          at::empty({rows}, is_index(output) ? options.dtype(at::kLong) : options));
+      tensors.push_back(at::empty({rows}, is_index(output) ? options.dtype(at::kLong) : options));
     }
   }
   return tensors;
 }
 
 template <typename S>
-Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target,
-              const MaybeTensor& vector, const MaybeTensor& teacher_, const MaybeTensor& b,
-              double softcap, const Names& names)
+Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target, const MaybeTensor& vector,
+              const MaybeTensor& teacher_, const MaybeTensor& b, double softcap, const Names& names)
     : rows(rows_), classes(classes_), cap(static_cast<S>(softcap)) {
   if (target) {
     TORCH_CHECK(target->dim() == 2 && target->size(0) == rows && target->scalar_type() == at::kLong,
@@ -168,15 +168,14 @@ Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target,
     targets = target->size(1);
   }
   if (vector) {
-    TORCH_CHECK(vector->dim() == 1 && vector->size(0) == classes,
-                "class_vector must have shape (", classes, ",), got ", vector->sizes());
+    TORCH_CHECK(vector->dim() == 1 && vector->size(0) == classes, "class_vector must have shape (",
+                classes, ",), got ", vector->sizes());
     vector_values = dense<S>(*vector);
     class_vector = vector_values.template const_data_ptr<S>();
   }
   if (teacher_) {
-    TORCH_CHECK(
-        teacher_->dim() == 2 && teacher_->size(0) == rows && teacher_->size(1) == classes,
-        "teacher must have shape (", rows, ", ", classes, "), got ", teacher_->sizes());
+    TORCH_CHECK(teacher_->dim() == 2 && teacher_->size(0) == rows && teacher_->size(1) == classes,
+                "teacher must have shape (", rows, ", ", classes, "), got ", teacher_->sizes());
     if (teacher_->numel()) teacher = Operand(*teacher_);
   }
   if (b) {
@@ -184,9 +183,7 @@ Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target,
     bias = bias_values.template const_data_ptr<S>();
   }
   for (const auto& name : names) {
-    if (!is_temperature(name)) continue;
-    temperatures.push_back(static_cast<S>(temperature(name)));
-    largest_temperature = std::max(largest_temperature, temperatures.back());
+    if (is_temperature(name)) temperatures.push_back(static_cast<S>(temperature(name)));
   }
   TORCH_CHECK(target || !contains(names, "below_target"),
               "statistic 'below_target' needs target (N, K), got None");
@@ -196,17 +193,10 @@ Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target,
               "statistic 'teacher' needs teacher (N, V), got None");
 }
 
-void check_linear(const Tensor& x, const Tensor& w, const MaybeTensor& b, const MaybeTensor& scale,
-                  int64_t tile) {
-  TORCH_CHECK(x.dim() == 2, "x must have shape (N, D), got ", x.sizes());
-  TORCH_CHECK(w.dim() == 2 && w.size(1) == x.size(1), "w must have shape (V, ", x.size(1),
-              "), as x is ", x.sizes(), ", got ", w.sizes());
-  TORCH_CHECK(!b || (b->dim() == 1 && b->size(0) == w.size(0)), "b must have shape (", w.size(0),
-              ",), as w is ", w.sizes(), ", got ", b ? b->sizes() : at::IntArrayRef());
-  TORCH_CHECK(!scale || scale->numel() == 1, "scale must have one element, got ",
-              scale ? scale->sizes() : at::IntArrayRef());
-  TORCH_CHECK(tile > 0, "tile must be at least 1 class, got ", tile);
-  by_dtype(x.scalar_type(), [](auto*) {});
+template <typename S>
+void Task<S>::load_teacher(int64_t row, int64_t first, int64_t n, S* to) const {
+  teacher.load(row, first, n, to);
+  if (class_vector != nullptr) multiply(to, class_vector + first, n);
 }
 
 template struct Fields<float>;

@@ -63,7 +63,6 @@ struct Task {
   Operand teacher;                  // (N, V)
   S cap = 0;
   std::vector<S> temperatures;
-  S largest_temperature = 1;
 
   Task(int64_t rows, int64_t classes, const MaybeTensor& target, const MaybeTensor& class_vector,
        const MaybeTensor& teacher, const MaybeTensor& bias, double softcap, const Names& names);
@@ -71,11 +70,13 @@ struct Task {
   const int64_t* target_row(int64_t row) const {
     return target_ids.const_data_ptr<int64_t>() + row * targets;
   }
+
+  // t a of the classes [first, first + n) of a row, into `to`; a is 1 without a class vector.
+  void load_teacher(int64_t row, int64_t first, int64_t n, S* to) const;
 };
 
-// Throws unless x (N, D), w (V, D) and b (V,) fit each other.
-void check_linear(const Tensor& x, const Tensor& w, const MaybeTensor& b, const MaybeTensor& scale,
-                  int64_t tile);
+// "lse@t"
+bool is_temperature(const std::string& name);
 
 inline bool contains(const Names& names, const char* name) {
   for (const auto& n : names) {

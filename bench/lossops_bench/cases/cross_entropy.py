@@ -62,14 +62,37 @@ def plain_half(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def lossops_loss(logits: Tensor, target: Tensor) -> Tensor:
+def lossops_loss(backend: str, logits: Tensor, target: Tensor) -> Tensor:
     import lossops
 
-    return lossops.cross_entropy(logits, target)
+    return lossops.cross_entropy(logits, target, backend=backend)
 
 
-def against_lossops(problem: Problem) -> str | None:
-    return trial(lossops_loss, make_inputs, tiny(problem))
+def inplace_loss(logits: Tensor, target: Tensor) -> Tensor:
+    import lossops
+
+    # A view, as a leaf is refused: in a model the logits are the result of the head.
+    return lossops.cross_entropy(logits.view_as(logits), target, inplace=True)
+
+
+def against_lossops(backend: str, problem: Problem) -> str | None:
+    return trial(partial(lossops_loss, backend), make_inputs, tiny(problem))
+
+
+def against_inplace(problem: Problem) -> str | None:
+    if problem.mode == "forward":
+        return "without a gradient it is the same as the others"
+    return trial(inplace_loss, make_inputs, tiny(problem))
+
+
+def lossops_rival(backend: str, summary: str) -> Rival:
+    return Rival(
+        f"lossops-{backend}",
+        summary,
+        partial(lossops_loss, backend),
+        partial(logits_bytes, 1),
+        objection=partial(against_lossops, backend),
+    )
 
 
 CASE = Case(
@@ -84,12 +107,15 @@ CASE = Case(
     resident_bytes=resident_bytes,
     unit=Unit("copy", partial(copy_ways, "logits"), copy_cost),
     rivals=(
+        lossops_rival("cpp", "lossops, C++ backend"),
+        lossops_rival("reference", "lossops, plain PyTorch in chunks"),
         Rival(
-            "lossops",
-            "lossops.cross_entropy",
-            lossops_loss,
-            partial(logits_bytes, 1),
-            objection=against_lossops,
+            "lossops-inplace",
+            "lossops, the gradient in the place of the logits",
+            inplace_loss,
+            partial(logits_bytes, 0),
+            objection=against_inplace,
+            consumes=True,
         ),
         *torch_rivals(plain, plain_half),
     ),

@@ -1,0 +1,28 @@
+// bfloat16 products with float32 results, for processors that multiply bfloat16 themselves.
+//
+// FLOPs: 2 M N K each, through the micro-kernels that ATen exposes (oneDNN's brgemm; AMX tiles
+// where there are any). Bytes beside the operands: each packs its right-hand matrix once, K N
+// values, and the products with dz round it first, R T values. Row sums are float32 throughout.
+//
+// Verified by tests/test_cpu_backend.py wherever `half_products` is true.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace lossops {
+
+using at::Tensor;
+
+// Whether this processor multiplies x and w of this dtype and D as they are.
+bool half_products(at::ScalarType x, at::ScalarType w, int64_t d);
+
+// z (R, T) = scale · x (R, D) wᵀ, w (T, D)
+void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale);
+
+// dx (R, D) (+)= dz (R, T) w, with dz rounded to bfloat16
+void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate);
+
+// dw (T, D) (+)= dzᵀ x, with dz rounded to bfloat16
+void half_dw(Tensor& dw, const Tensor& dz, const Tensor& x, bool accumulate);
+
+}  // namespace lossops

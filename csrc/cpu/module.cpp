@@ -1,0 +1,65 @@
+// The Python module lossops._cpu_<capability>: the primitives, and what it was built for.
+//
+// Importing it allocates nothing and starts no thread; every function gives up the GIL.
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cctype>
+#include <string>
+#include <utility>
+
+#include "cpu/primitives.h"
+
+#define LOSSOPS_STRING_(x) #x
+#define LOSSOPS_STRING(x) LOSSOPS_STRING_(x)
+
+namespace py = pybind11;
+
+namespace lossops {
+namespace {
+
+constexpr int64_t kTile = 2048;  // classes; 1024 to 4096 take the same time
+
+// f(Head, rest...) as a function of the head's parts, which come first in Python.
+template <typename R, typename... Rest>
+auto flatten(R (*f)(const Head&, Rest...)) {
+  return
+      [f](Tensor x, Tensor w, MaybeTensor b, MaybeTensor scale, double softcap, MaybeTensor target,
+          MaybeTensor class_vector, MaybeTensor teacher, Names names, Rest... rest) {
+        return f({std::move(x), std::move(w), std::move(b), std::move(scale), softcap,
+                  std::move(target), std::move(class_vector), std::move(teacher), std::move(names)},
+                 std::forward<Rest>(rest)...);
+      };
+}
+
+template <typename F, typename... Names>
+void define_linear(py::module_& m, const char* name, F f, Names... rest) {
+  using py::arg;
+  m.def(name, flatten(f), py::call_guard<py::gil_scoped_release>(), arg("x"), arg("w"), arg("b"),
+        arg("scale"), arg("softcap"), arg("target"), arg("class_vector"), arg("teacher"),
+        arg("names"), arg(rest)..., arg("tile") = kTile);
+}
+
+}  // namespace
+}  // namespace lossops
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace lossops;
+  using py::arg;
+  define_linear(m, "linear_statistics", linear_statistics);
+  define_linear(m, "linear_chunk_statistics", linear_chunk_statistics, "wanted", "buffer");
+  define_linear(m, "linear_chunk_gradient", linear_chunk_gradient, "wanted", "buffer", "statistics",
+                "coefficients", "dx", "dw", "db", "accumulate");
+  define_linear(m, "linear_gradient", linear_gradient, "statistics", "coefficients", "dx", "dw",
+                "db");
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("logits_statistics", logits_statistics, no_gil, arg("z"), arg("target"),
+        arg("class_vector"), arg("teacher"), arg("names"));
+  m.def("logits_gradient", logits_gradient, no_gil, arg("z"), arg("target"), arg("class_vector"),
+        arg("teacher"), arg("names"), arg("statistics"), arg("coefficients"), arg("out"));
+
+  m.attr("torch_version") = LOSSOPS_TORCH_VERSION;
+  std::string capability = LOSSOPS_STRING(CPU_CAPABILITY);
+  for (char& c : capability) c = static_cast<char>(std::tolower(c));
+  m.attr("capability") = capability;
+}

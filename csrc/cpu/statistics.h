@@ -1,0 +1,213 @@
+// Statistics of a row, from the tiles of its logits in the order of the classes.
+//
+// Verified by tests/test_cpu_backend.py: every statistic, ragged tiles, common offsets of 1e4,
+// infinities and NaN, rows whose maximum comes last.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/passes.h"
+#include "cpu/task.h"
+
+namespace lossops {
+
+// How far above its offset a kept exponential may lie before the row is redone: e^40 times V terms
+// is far from overflow, and 1 / e^40 on the rows of x is far from the denormals.
+template <typename S>
+constexpr double kHeadroom = std::is_same_v<S, float> ? 40 : 0;
+
+template <typename S>
+struct RowState {
+  S top = -kInf<S>;     // the largest negative so far, or NaN for good
+  S second = -kInf<S>;  // the next
+  int64_t top_index = -1, second_index = -1;
+  bool seen = false;  // a finite negative: `shift` or `offset` is set
+  double shift = 0;   // what the sums are relative to: the maximum, or offset times its unit
+  S offset = 0;       // that of exponentials which are kept
+  S first_target = -kInf<S>;
+  S below = -kInf<S>;  // the largest negative below it so far
+  SoftmaxSums softmax;
+  Moments moments;                            // all classes
+  double vector_total = 0, vector_sum = 0;    // Σ a z, Σ a
+  double teacher_total = 0, teacher_sum = 0;  // Σ t a z, Σ t a
+  double softplus = 0;
+  std::vector<SoftmaxSums> temperatures;
+
+  explicit RowState(size_t temperature_count) : temperatures(temperature_count) {}
+};
+
+// Statistics over all classes of the tile: the targets are still in place.
+template <typename S>
+inline void collect_all(const Task<S>& task, const Fields<S>& out, RowState<S>& state, int64_t row,
+                        const S* z, int64_t first, int64_t n, S* scratch) {
+  // Relative to one of its logits the sums of a tile stay small whatever they have in common.
+  const S pivot = std::isfinite(z[0]) ? z[0] : S(0);
+  if (out.average != nullptr || out.moment != nullptr) {
+    const double tile_total = total(z, n, pivot) + static_cast<double>(pivot) * n;
+    const S mean = static_cast<S>(tile_total / n);
+    const double squares = out.moment != nullptr ? centred_squares(z, n, mean) : 0;
+    state.moments.merge(static_cast<double>(n), tile_total, squares);
+  }
+  if (out.weighted_sum != nullptr) {
+    const auto [sum, a] = weighted_total<false>(z, task.class_vector + first, n, pivot);
+    state.vector_total += sum + a * pivot;
+    state.vector_sum += a;
+  }
+  if (out.teacher != nullptr) {
+    task.load_teacher(row, first, n, scratch);
+    const auto [sum, a] = weighted_total<true>(z, scratch, n, pivot);
+    state.teacher_total += sum + a * pivot;
+    state.teacher_sum += a;
+  }
+}
+
+// Writes the targets' logits to `out` and -inf in their place, so that the negatives are the tile.
+template <typename S>
+inline void take_targets(const Task<S>& task, const Fields<S>& out, RowState<S>& state, int64_t row,
+                         S* z, int64_t first, int64_t n) {
+  if (task.targets == 0) return;
+  const int64_t* ids = task.target_row(row);
+  for (int64_t k = 0; k < task.targets; ++k) {
+    const int64_t j = ids[k] - first;
+    if (j < 0 || j >= n) continue;
+    if (out.target != nullptr) out.target[row * task.targets + k] = z[j];
+    if (k == 0) state.first_target = z[j];
+    z[j] = -kInf<S>;
+  }
+}
+
+// Merges the extremes of a tile; among equals the earlier class stays.
+template <typename S>
+inline void merge_extremes(RowState<S>& state, const Fields<S>& out, const S* z, int64_t first,
+                           int64_t n, S top, S second) {
+  if (top > state.top) {
+    const int64_t at = out.argmax != nullptr || out.runner_up != nullptr ? find(z, n, top) : 0;
+    if (state.top >= second) {
+      state.second = state.top;
+      state.second_index = state.top_index;
+    } else {
+      state.second = second;
+      state.second_index = first + find(z, n, second, second == top ? at + 1 : 0);
+    }
+    state.top = top;
+    state.top_index = first + at;
+  } else if (out.runner_up != nullptr && top > state.second) {
+    state.second = top;
+    state.second_index = first + find(z, n, top);
+  } else if (std::isnan(top)) {
+    state.top = top;
+  }
+}
+
+// Moves the shift of a row up to the largest negative of the tile; with `keep` only where the
+// offset is too low, and then the exponentials of the earlier tiles, `before` values, go with it.
+template <typename S>
+inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, bool keep, S* row,
+                        int64_t before) {
+  if (top == -kInf<S>) return;
+  if (state.seen && top - state.shift <= (keep ? kHeadroom<S> : 0)) return;
+  const S offset = keep ? offset_near(top) : S(0);
+  const double shift = keep ? offset * kOffsetUnit<S> : top;
+  if (state.seen) {
+    const double by = shift - state.shift;
+    if (keep) multiply(row, before, static_cast<S>(std::exp(-by)));
+    state.softmax.raise(by);
+    for (size_t k = 0; k < task.temperatures.size(); ++k) {
+      state.temperatures[k].raise(by, task.temperatures[k]);
+    }
+  }
+  state.seen = true;
+  state.shift = shift;
+  state.offset = offset;
+}
+
+// Adds the tile of one row that starts at class `first` to the row's state. The tile is used up: it
+// holds z with -inf at the targets, or with `keep` their exponentials over the row's offset, whose
+// earlier tiles lie before it in memory. `scratch`: n values, for a teacher.
+template <typename S>
+inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& state, int64_t row,
+                    S* z, int64_t first, int64_t n, bool keep, S* scratch) {
+  collect_all(task, out, state, row, z, first, n, scratch);
+  take_targets(task, out, state, row, z, first, n);
+  S top, second = -kInf<S>;
+  if (out.runner_up != nullptr) {
+    std::tie(top, second) = two_largest(z, n);
+  } else {
+    top = largest(z, n);
+  }
+  merge_extremes(state, out, z, first, n, top, second);
+  if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
+  if (!(state.top < kInf<S>)) return;  // +inf or NaN: finish() poisons the row
+  raise_shift(task, state, top, keep, z - first, first);
+  if (keep) {
+    state.softmax.sum += keep_exponentials(z, n, state.offset);
+    return;
+  }
+  const S shift = static_cast<S>(state.shift);
+  for (size_t k = 0; k < task.temperatures.size(); ++k) {
+    state.temperatures[k].sum += exponentials<false>(z, n, shift, task.temperatures[k]).sum;
+  }
+  if (out.lse == nullptr) return;
+  const SoftmaxSums tile = out.mean != nullptr ? exponentials<true>(z, n, shift, S(1))
+                                               : exponentials<false>(z, n, shift, S(1));
+  state.softmax.sum += tile.sum;
+  state.softmax.weighted += tile.weighted;
+}
+
+// Writes a row's statistics, `below_target` as if there were none, relative to the largest negative
+// m.
+template <typename S>
+inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>& state,
+                   int64_t row) {
+  const S m = std::isfinite(state.top) ? state.top : S(0);
+  const bool poisoned = !(state.top < kInf<S>);  // +inf or NaN
+  const double above = state.shift - m;
+  auto put = [row](S* field, double value) {
+    if (field != nullptr) field[row] = static_cast<S>(value);
+  };
+  put(out.shift, m);
+  put(out.lse, poisoned ? state.top : std::log(state.softmax.sum) + above);
+  const double mean = state.softmax.weighted / state.softmax.sum + above;
+  put(out.mean, poisoned ? std::nan("") : state.softmax.sum == 0 ? 0 : mean);
+  for (size_t k = 0; k < task.temperatures.size(); ++k) {
+    const double lse = std::log(state.temperatures[k].sum) + task.temperatures[k] * above;
+    put(out.temperatures[k], poisoned ? state.top : lse);
+  }
+  put(out.max, static_cast<double>(state.top) - m);
+  put(out.below_target, -kInf<double>);
+  if (out.below_target_index != nullptr) out.below_target_index[row] = -1;
+  put(out.runner_up, static_cast<double>(state.second) - m);
+  if (out.argmax != nullptr) out.argmax[row] = state.top_index;
+  if (out.runner_up_index != nullptr) out.runner_up_index[row] = state.second_index;
+  put(out.average, state.moments.total / task.classes - m);
+  put(out.moment, state.moments.moment);
+  put(out.softplus, state.softplus);
+  put(out.weighted_sum, state.vector_total - m * state.vector_sum);
+  put(out.teacher, state.teacher_total - m * state.teacher_sum);
+  if (out.target == nullptr) return;
+  for (int64_t k = 0; k < task.targets; ++k) {
+    S& target = out.target[row * task.targets + k];
+    target -= m;
+  }
+}
+
+// The largest negative below the first target, from the tiles of a second sweep: the targets'
+// logits are known and the row is finished. The tile holds z, with the targets or with -inf there.
+template <typename S>
+inline void collect_below(const Task<S>& task, const Fields<S>& out, RowState<S>& state,
+                          int64_t row, S* z, int64_t first, int64_t n) {
+  for (int64_t k = 0; k < task.targets; ++k) {
+    const int64_t j = task.target_row(row)[k] - first;
+    if (j >= 0 && j < n) z[j] = -kInf<S>;
+  }
+  const S top = largest_below(z, n, state.first_target);
+  if (!(top > state.below)) return;
+  state.below = top;
+  out.below_target[row] = top - out.shift[row];
+  out.below_target_index[row] = first + find(z, n, top);
+}
+
+}  // namespace lossops

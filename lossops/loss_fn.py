@@ -1,0 +1,159 @@
+"""One sweep of a loss the user wrote: F runs on each chunk's statistics, under autograd.
+
+F sees R rows of statistics as leaves; its gradients there are the coefficients of dz. Nothing else
+of the graph is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossops import backends, reference
+from lossops.autograd import hand_out
+from lossops.inputs import HeadInputs
+from lossops.ops import check_target
+from lossops.schedules import Head, Needs, one_sweep, without_autocast
+from lossops.statistics import INDEX_OUTPUTS, outputs
+
+
+class LossSweep:
+    """One sweep of a user's loss: what its forward, and a second backward, run."""
+
+    def __init__(
+        self,
+        head: HeadInputs,
+        ids: Tensor | None,
+        class_vector: Tensor | None,
+        names: tuple[str, ...],
+        losses: Callable[[Sequence[Tensor], slice | Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        rows: int,
+        backend: str,
+    ) -> None:
+        self.ids, self.class_vector, self.names = ids, class_vector, names
+        self.losses, self.softcap = losses, head.softcap
+        self.rows, self.backend, self.parameters = rows, backend, parameters
+        self.known = {id(p) for p in parameters}
+        needs = [t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)]
+        self.needs = Needs(*needs)
+
+    def run(self, x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Any]:
+        """Total loss, dx, dw, db, dscale, parameters' gradients; [None] to take two sweeps."""
+        check_target(self.ids, w.shape[0])
+        head = Head(x, w, b, scale, self.softcap, self.ids, self.class_vector, None, self.names)
+        order = outputs(self.names)
+        smooth = [i for i, n in enumerate(order) if n != "shift" and n not in INDEX_OUTPUTS]
+        parameters = self.parameters  # those F holds; unpacked by hooks they would be copies
+        sums = [torch.zeros_like(p) for p in parameters]
+
+        def row_function(
+            stats: list[Tensor], rows: slice | Tensor
+        ) -> tuple[Tensor, list[Tensor | None]]:
+            with torch.enable_grad():
+                leaves = [stats[i].detach().requires_grad_() for i in smooth]
+                given = list(stats)
+                for i, leaf in zip(smooth, leaves, strict=True):
+                    given[i] = leaf
+                losses = self.losses(given, rows)
+                if _reaches_others(losses, {*map(id, leaves), *self.known}):
+                    raise _TwoSweepsError
+                wanted = [p for p in parameters if p.requires_grad]
+                found = (
+                    # What loss_fn closes over may have a graph that every chunk goes back through.
+                    torch.autograd.grad(
+                        losses.sum(), [*leaves, *wanted], allow_unused=True, retain_graph=True
+                    )
+                    if losses.requires_grad
+                    else [None] * (len(leaves) + len(wanted))
+                )
+            coefficients: list[Tensor | None] = [None] * len(order)
+            for i, c in zip(smooth, found, strict=False):
+                coefficients[i] = c
+            following = iter(found[len(leaves) :])
+            for total, p in zip(sums, parameters, strict=True):
+                if p.requires_grad and (grad := next(following)) is not None:
+                    total += grad
+            return losses.detach(), coefficients
+
+        primitives = backends.select(self.backend, x.device, x.dtype).primitives()
+        wanted = [n for n in order if n != "shift" and n not in INDEX_OUTPUTS]
+        try:
+            with without_autocast(x.device):
+                losses, grads = one_sweep(
+                    head, wanted, row_function, self.needs, primitives, self.rows
+                )
+        except _TwoSweepsError:
+            return [None]
+        return [losses.sum(), *(x.new_empty(0) if g is None else g for g in grads), *sums]
+
+
+class _TwoSweepsError(Exception):
+    """loss_fn closes over a tensor that wants a gradient and is not among its parameters."""
+
+
+def _reaches_others(losses: Tensor, known: set[int]) -> bool:
+    """Whether the graph of ``losses`` reaches a leaf that is not among ``known``."""
+    pending, seen = [losses.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
+
+
+class UserLoss(torch.autograd.Function):
+    """Summed loss of a user's F in one sweep, with its gradients as further outputs."""
+
+    @staticmethod
+    def forward(sweep: LossSweep, *tensors: Tensor) -> tuple[Any, ...]:
+        return tuple(sweep.run(*tensors[:4]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.sweep, ctx.used = inputs[0], False
+        if output[0] is None:
+            return
+        ctx.count = len(inputs)
+        ctx.save_for_backward(*inputs[1:], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        sweep: LossSweep = ctx.sweep
+        count: int = ctx.count
+        if g is None:
+            return (None,) * count
+        saved = ctx.saved_tensors
+        inputs, ready = saved[: count - 1], saved[count - 1 :]
+        if torch.is_grad_enabled() and len(inputs) > 4:
+            raise NotImplementedError(
+                "second derivatives with `parameters` are not supported in one sweep; "
+                "pass options=LinearLossOptions(schedule='two_sweeps')"
+            )
+
+        def value(x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Tensor]:
+            stats = reference.linear_statistics(
+                x, w, b, scale, sweep.softcap, sweep.ids, sweep.class_vector, None, sweep.names
+            )
+            return [sweep.losses(stats, slice(None)).sum()]
+
+        def again() -> Sequence[Tensor]:
+            found: Sequence[Tensor] = sweep.run(*inputs[:4])[1:]
+            return found
+
+        if ctx.used:
+            ready = again()
+        grads: tuple[Any, ...] = hand_out(
+            ctx, inputs[:4], sweep.needs, g, ready[:4], lambda: ready[:4], value
+        )
+        return (None, *grads, *(g * p for p in ready[4:]))

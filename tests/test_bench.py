@@ -1,0 +1,241 @@
+"""The benchmark: what it prints and writes, and that it can be trusted."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("typer", reason="the benchmark's extra is not installed")
+
+from rich.console import Console
+from typer.testing import CliRunner
+
+import lossops_bench
+from lossops_bench import runner
+from lossops_bench.case import Case, Problem, Rival
+from lossops_bench.cases import CASES
+from lossops_bench.cli import build_app
+from lossops_bench.figures import Report, rows
+from lossops_bench.measure import copy_ways, product_ways, seconds
+from lossops_bench.memory import RivalSetup, SamplingMeter, peak_extra
+from lossops_bench.report import footnotes, results_table
+from lossops_bench.runner import Settings, run
+from lossops_bench.shapes import SHAPES, Shape, parse_shape
+from lossops_bench.truth import errors, verdict
+
+LINEAR = CASES["linear_cross_entropy"]
+TINY = Shape(24, 16, 300)
+QUICK = Settings(repeats=2, memory=False)
+MIB = 2**20
+
+
+def problem(dtype: torch.dtype = torch.float32, **changes: object) -> Problem:
+    return replace(Problem(TINY, dtype), **changes)
+
+
+def with_rival(loss, case: Case = LINEAR, **fields: object) -> tuple[Case, Rival]:
+    rival = Rival("test", "a rival of this test", loss, workspace=lambda problem: 0, **fields)
+    return replace(case, rivals=(*case.rivals, rival)), rival
+
+
+def text_of(report: Report) -> str:
+    console = Console(width=150, file=io.StringIO())
+    console.print(results_table(rows(report)), footnotes(rows(report)))
+    return console.file.getvalue()
+
+
+def test_list_shows_cases_rivals_and_shapes():
+    result = CliRunner().invoke(build_app(), ["list"])
+    assert result.exit_code == 0, result.output
+    for word in (*CASES, *(r.name for case in CASES.values() for r in case.rivals), *SHAPES):
+        assert word in result.output
+
+
+def test_run_appends_json_lines_and_draws_a_plot(tmp_path: Path):
+    out, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    command = ["run", "linear_cross_entropy", "--shape", "24,16,300", "--repeats", "2"]
+    options = ["--rivals", "lossops-reference,plain", "--json", str(out), "--plot", str(plot)]
+    result = CliRunner().invoke(build_app(), [*command, *options, "--no-memory"])
+    assert result.exit_code == 0, result.output
+    written = {row["rival"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(written) == {"GEMM: mm", "GEMM: mm in tiles", "lossops-reference", "plain"}
+    ours = written["lossops-reference"]
+    assert ours["status"] == "ok", ours["reason"]
+    assert ours["shape"] == [24, 16, 300]
+    assert len(ours["rounds"]) == 2
+    assert set(ours["errors"]) == {"loss", "dx", "dw"}
+    assert ours["note"].split()[0] in ("one_sweep", "two_sweeps")
+    assert ours["least_units"] == 3
+    for key in ("seconds", "rows_per_second", "gigabytes_per_second", "teraflops", "units"):
+        assert ours[key] > 0, key
+    assert "extra_bytes" in ours
+    assert {"torch", "lossops"} <= set(ours["versions"])
+    assert {"cpu", "cpu_capability", "threads"} <= set(ours["machine"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda **x: LINEAR.rival("plain").loss(**x) * 1.01, id="one-percent"),
+        pytest.param(lambda **x: LINEAR.rival("plain").loss(**x) * float("nan"), id="nan"),
+    ],
+)
+def test_a_wrong_result_is_shown_as_wrong_and_not_timed(wrong):
+    case, rival = with_rival(wrong)
+    report = run(case, problem(), [case.rival("plain"), rival], QUICK)
+    figures = {f.name: f for f in report.figures}
+    assert figures["plain"].status == "ok"
+    assert figures["test"].status == "wrong"
+    assert not figures["test"].seconds
+    assert "test: wrong: loss is off by" in text_of(report)
+
+
+def test_a_rival_that_raises_is_skipped_with_its_words():
+    def broken(**inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    case, rival = with_rival(broken)
+    report = run(case, problem(), [rival, case.rival("plain")], QUICK)
+    assert "test: skipped: RuntimeError: no such kernel" in text_of(report)
+
+
+def test_a_rival_with_an_objection_is_absent():
+    case, rival = with_rival(F.cross_entropy, objection=lambda problem: "it needs a GPU")
+    report = run(case, problem(), [rival], QUICK)
+    assert [f.status for f in report.figures] == ["absent"]
+    assert "test: absent: it needs a GPU" in text_of(report)
+
+
+def test_what_does_not_fit_is_skipped_before_anything_is_allocated():
+    huge = problem(shape=Shape(10**6, 4096, 10**7))
+    report = run(LINEAR, huge, [LINEAR.rival("plain")], Settings())
+    (figures,) = report.figures
+    assert figures.status == "skipped"
+    assert figures.reason.startswith("it needs about 120")
+
+
+def test_a_truth_that_costs_too_much_is_cut_to_fewer_rows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "TRUTH_FLOPS", LINEAR.truth_flops(TINY) // 3)
+    report = run(LINEAR, problem(), [LINEAR.rival("plain")], QUICK)
+    assert report.truth_rows == 8
+    assert "on the first 8 of 24 rows" in text_of(report)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_truth_agrees_with_autograd_in_float64(name: str):
+    case, where = CASES[name], problem(torch.float64)
+    inputs = case.with_gradients(where, case.make_inputs(where))
+    found = errors(case.call(case.rival("plain"), "training", inputs), case.truth(where, inputs))
+    assert set(found) == {"loss", *case.differentiable.values()}
+    assert max(found.values()) < 1e-13
+
+
+def test_verdict_takes_the_larger_of_floor_and_slack():
+    assert verdict({"loss": 9e-6}, {}, torch.float32) is None
+    assert verdict({"loss": 3e-5}, {"loss": 1e-5}, torch.float32) is None
+    assert "loss is off by 5.0e-05" in str(verdict({"loss": 5e-5}, {"loss": 1e-5}, torch.float32))
+    assert verdict({"dx": float("nan")}, {"dx": float("nan")}, torch.bfloat16) is not None
+
+
+def test_a_consumed_input_is_a_copy():
+    case = CASES["cross_entropy"]
+    inputs = case.with_gradients(problem(), case.make_inputs(problem()))
+    before = inputs["logits"].detach().clone()
+    case.prepare(case.rival("lossops-inplace"), "training", inputs)()
+    assert torch.equal(inputs["logits"], before)
+
+
+def test_units_are_positive_and_do_their_work():
+    x, w = torch.randn(8, 16), torch.randn(5000, 16)  # two tiles and a part of one
+    where = problem(shape=Shape(8, 16, 5000))
+    ways = product_ways("x", "w", where, {"x": x, "w": w})
+    assert set(ways) == {"mm", "mm in tiles"}
+    assert torch.allclose(ways["mm"]()(), x @ w.T, atol=1e-4)
+    ways |= copy_ways("x", where, {"x": x})
+    assert all(seconds(prepare(), "cpu") > 0 for prepare in ways.values())
+
+
+MEMORY_SETUP = """
+import torch
+
+def setup():
+    small = torch.ones(1)
+
+    def call():
+        temporary = torch.ones(64 * 2**18)  # 64 MiB
+        return {"output": torch.ones(32 * 2**18), "same": small}  # 32 MiB, an output
+
+    return call, [small]
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="exact on Linux only")
+def test_memory_counts_temporaries_and_not_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lossops_bench_setup.py").write_text(MEMORY_SETUP)
+    monkeypatch.syspath_prepend(tmp_path)
+    from lossops_bench_setup import setup
+
+    reading = peak_extra(setup, timeout=60)
+    assert 63 * MIB < reading.extra_bytes < 67 * MIB
+
+
+def test_memory_of_plain_pytorch_is_its_logits():
+    n, v = 256, 32768
+    case, where = LINEAR, problem(shape=Shape(n, 16, v))
+    reading = peak_extra(RivalSetup(case, case.rival("plain"), where), timeout=60)
+    logits, outputs = 4 * n * v, 4 * (n + v) * 16
+    # Log-probabilities, their gradient and the logits' gradient; the outputs come after the peak.
+    assert 3 * logits - outputs <= reading.extra_bytes < 3.3 * logits
+
+
+def test_memory_of_a_dead_process_is_an_error_that_says_why():
+    with pytest.raises(RuntimeError, match=r"TypeError|not callable|unpack"):
+        peak_extra(dict, timeout=60)
+
+
+def test_sampling_sees_a_lasting_allocation():
+    meter = SamplingMeter()
+    kept = torch.ones(32 * 2**18)
+    assert meter.extra() > 0.9 * kept.nbytes
+
+
+@pytest.mark.parametrize("name", lossops_bench.EXTRA)
+def test_without_its_extra_the_command_says_how_to_install_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stopped:
+        lossops_bench.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert "pip install 'lossops[bench]'" in said
+
+
+def test_shapes_by_number_by_name_and_with_another_n():
+    assert parse_shape("2,3,4") == Shape(2, 3, 4)
+    assert parse_shape("gemma2-2b") == Shape(8192, 2304, 256000, "gemma2-2b")
+    assert parse_shape("gemma2-2b:64").rows == 64
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "no_such_case"],
+        ["run", "cross_entropy", "--shape", "1,2"],
+        ["run", "cross_entropy", "--shape", "0,2,3"],
+        ["run", "cross_entropy", "--rivals", "nobody"],
+        ["run", "cross_entropy", "--device", "tpu"],
+    ],
+    ids=["case", "shape", "zero", "rival", "device"],
+)
+def test_bad_arguments_end_with_a_sentence(arguments: list[str]):
+    result = CliRunner().invoke(build_app(), arguments)
+    assert result.exit_code == 2
+    assert "got" in result.output or "has no rival" in result.output

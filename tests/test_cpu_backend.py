@@ -1,0 +1,495 @@
+"""The compiled CPU modules against `lossops.reference`, primitive by primitive.
+
+The oracle is the reference on float64 copies of the inputs, the budget twice the error of the
+reference in the inputs' own dtype. Small tiles make small cases cross every tile boundary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lossops import reference
+from lossops.backends import cpu_module_names
+from lossops.reference import accumulate_dtype
+from lossops.statistics import STATISTICS, canonical, outputs
+
+MODULES = [n for n in cpu_module_names() if importlib.util.find_spec(n) is not None]
+pytestmark = pytest.mark.skipif(not MODULES, reason="no compiled CPU module is built")
+
+EVERYTHING = canonical((*STATISTICS, "lse@2", "lse@0.5"))
+PLAIN = canonical(("target", "lse"))  # what a chunk keeps exponentials for
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+# Rounding that the reference may escape by luck in a small case: units of 1 + |oracle|.
+FLOOR = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 2e-7, torch.float16: 2e-7}
+
+
+@pytest.fixture(params=MODULES, ids=lambda name: name.rpartition("_")[2])
+def cpp(request: pytest.FixtureRequest) -> ModuleType:
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def best() -> ModuleType:
+    return importlib.import_module(MODULES[0])
+
+
+class Case:
+    """Arguments of a linear primitive, and its four ways to statistics and gradients."""
+
+    def __init__(
+        self,
+        n: int,
+        d: int,
+        v: int,
+        k: int,
+        dtype: torch.dtype,
+        *,
+        names: Sequence[str] = EVERYTHING,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        bias: bool = False,
+        seed: int = 0,
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.names = canonical(s for s in names if k or s not in ("target", "below_target"))
+        self.outs = outputs(self.names)
+        self.dtype, self.acc = dtype, accumulate_dtype(dtype)
+        x = torch.randn(n, d, generator=g).to(dtype)
+        w = torch.randn(v, d, generator=g).to(dtype)
+        b = torch.randn(v, generator=g).to(dtype) if bias else None
+        target = None
+        if k:
+            ids = torch.rand(n, max(v, k), generator=g).argsort(1)[:, :k]
+            target = torch.where(ids < v, ids, -1)
+            target[2::4] = -1  # rows without any
+            target[1::4, 1:] = -1
+        a = torch.randn(v, generator=g).to(dtype)
+        teacher = torch.randn(n, v, generator=g).softmax(1).to(dtype)
+        teacher = teacher.masked_fill(teacher < 0.02, 0.0)
+        s = None if scale is None else torch.tensor(scale)
+        self.args: tuple[Any, ...] = (x, w, b, s, softcap, target, a, teacher)
+        self.coefficients = [
+            None
+            if o == "shift" or o == "argmax" or o.endswith("_index")
+            else torch.randn((n, k) if o == "target" else (n,), generator=g, dtype=torch.float64)
+            for o in self.outs
+        ]
+
+    def doubled(self) -> Case:
+        """The same numbers in float64."""
+        other = object.__new__(Case)
+        other.__dict__.update(self.__dict__, dtype=torch.float64, acc=torch.float64)
+        other.args = tuple(
+            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in self.args
+        )
+        return other
+
+    def statistics(self, module: ModuleType, *tile: int) -> dict[str, Tensor]:
+        found = module.linear_statistics(*self.args, self.names, *tile)
+        return dict(zip(self.outs, found, strict=True))
+
+    def coefficient_list(self) -> list[Tensor | None]:
+        return [None if c is None else c.to(self.acc) for c in self.coefficients]
+
+    def two_sweeps(self, module: ModuleType, *tile: int) -> dict[str, Tensor]:
+        dx, dw, db = self._gradients(self.dtype)
+        found = module.linear_statistics(*self.args, self.names, *tile)
+        module.linear_gradient(
+            *self.args, self.names, found, self.coefficient_list(), dx, dw, db, *tile
+        )
+        return {"dx": dx, "dw": dw, "db": db}
+
+    def chunk(
+        self, module: ModuleType, *tile: int, padding: int = 5, start: float | None = None
+    ) -> dict[str, Tensor]:
+        """Statistics and gradients through a buffer; ``start`` is what dw and db hold before."""
+        n, v = self.args[0].shape[0], self.args[1].shape[0]
+        buffer = torch.empty(n, v + padding, dtype=self.acc)[:, :v]
+        wanted = [o for o, c in zip(self.outs, self.coefficients, strict=True) if c is not None]
+        found = module.linear_chunk_statistics(*self.args, self.names, wanted, buffer, *tile)
+        dx, dw, db = self._gradients(self.acc)
+        if start is not None:
+            dw.fill_(start), db.fill_(start)
+        module.linear_chunk_gradient(
+            *self.args, self.names, wanted, buffer, found, self.coefficient_list(),
+            dx, dw, db, start is not None, *tile,
+        )  # fmt: skip
+        return {**dict(zip(self.outs, found, strict=True)), "dx": dx, "dw": dw, "db": db}
+
+    def _gradients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        x, w = self.args[:2]
+        dx = torch.empty(x.shape, dtype=self.acc)
+        return dx, torch.empty(w.shape, dtype=dtype), torch.empty(w.shape[0], dtype=dtype)
+
+
+def assert_all_no_worse(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], oracle: dict[str, Tensor], floor: float
+) -> None:
+    """Errors at most twice those of ``theirs``; the same infinities and NaN, the same ids."""
+    assert ours.keys() == oracle.keys()
+    for name, exact in oracle.items():
+        a, b = ours[name], theirs[name]
+        assert (a.shape, a.dtype) == (exact.shape, b.dtype), name
+        finite = exact.isfinite()
+        torch.testing.assert_close(
+            a.double()[~finite], exact.double()[~finite], equal_nan=True, msg=name
+        )
+        if not finite.any():
+            continue
+        error = (a.double() - exact)[finite].abs()
+        budget = (b.double() - exact)[finite].abs().max()
+        limit = 2 * budget + floor * (1 + exact[finite].abs().max())
+        assert error.max() <= limit, (
+            f"{name}: error {error.max():.2e} > {limit:.2e} (reference {budget:.2e}), "
+            f"worst of {a.tolist() if a.numel() < 20 else a.shape}"
+        )
+
+
+# One tile and several; a vector and less; more targets than one and none; N = 0 and 1, V = 1.
+SHAPES = [
+    pytest.param(7, 33, 131, 1, 64, id="ragged tiles"),
+    pytest.param(5, 8, 37, 3, 16, id="three targets"),
+    pytest.param(4, 3, 8, 2, 3, id="tiles below a vector"),
+    pytest.param(6, 16, 64, 0, 2048, id="no target, one tile"),
+    pytest.param(3, 4, 1, 1, 8, id="V1"),
+    pytest.param(1, 5, 9, 2, 4, id="N1"),
+    pytest.param(0, 4, 7, 1, 4, id="N0"),
+]
+MAPS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"scale": 0.7, "softcap": 5.0, "bias": True}, id="mapped"),
+    pytest.param({"scale": -1.5, "bias": True, "names": PLAIN}, id="exponentials"),
+]
+
+
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "d", "v", "k", "tile"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_at_once(
+    cpp: ModuleType, dtype: torch.dtype, n: int, d: int, v: int, k: int, tile: int, options: Any
+) -> None:
+    case = Case(n, d, v, k, dtype, **options)
+    exact = case.doubled()
+    floor = FLOOR[dtype]
+    assert_all_no_worse(
+        case.statistics(cpp, tile), case.statistics(reference), exact.statistics(reference), floor
+    )
+    assert_all_no_worse(
+        case.two_sweeps(cpp, tile), case.two_sweeps(reference), exact.two_sweeps(reference), floor
+    )
+    for padding, start in ((5, None), (5, 0.5), (0, 0.5)):
+        assert_all_no_worse(
+            case.chunk(cpp, tile, padding=padding, start=start),
+            case.chunk(reference, padding=padding, start=start),
+            exact.chunk(reference, padding=padding, start=start),
+            floor,
+        )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("name", [n for n in EVERYTHING if n != "target"])
+def test_each_statistic_and_its_term(cpp: ModuleType, name: str, softcap: float) -> None:
+    """Alone, in float64, where a wrong term cannot hide behind another or behind rounding."""
+    case = Case(6, 5, 41, 2, torch.float64, names=("target", name), softcap=softcap, bias=True)
+    for way in (case.statistics, case.two_sweeps, case.chunk):
+        ours, exact = way(cpp, 16), way(reference)
+        for key in exact:
+            torch.testing.assert_close(ours[key], exact[key], rtol=1e-11, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("v", [131, 4099], ids=["one tile", "three tiles"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits(cpp: ModuleType, dtype: torch.dtype, v: int) -> None:
+    case = Case(5, 9, v, 2, dtype)
+    target, a, teacher = case.args[5:]
+    z = reference.linear_logits(*case.args[:5]).to(dtype)
+    runs = []
+    for module, logits in ((cpp, z), (reference, z), (reference, z.double())):
+        wide = [t.to(logits.dtype) for t in (a, teacher)]
+        found = module.logits_statistics(logits, target, *wide, case.names)
+        coefficients = [
+            None if c is None else c.to(accumulate_dtype(logits.dtype)) for c in case.coefficients
+        ]
+        dz = torch.empty_like(logits)
+        module.logits_gradient(logits, target, *wide, case.names, found, coefficients, dz)
+        in_place = logits.clone()
+        module.logits_gradient(in_place, target, *wide, case.names, found, coefficients, in_place)
+        assert torch.equal(in_place, dz)
+        runs.append({**dict(zip(case.outs, found, strict=True)), "dz": dz})
+    assert_all_no_worse(*runs, FLOOR[dtype])
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values with no dense dimension."""
+    if t.ndim == 1:
+        return torch.stack([t, torch.full_like(t, 9)], 1)[:, 0]
+    return torch.stack([t.T, torch.full_like(t.T, 9)], 2)[:, :, 0].T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_layout(best: ModuleType, dtype: torch.dtype) -> None:
+    case = Case(6, 5, 41, 2, dtype, scale=0.5, bias=True)
+    other = Case(6, 5, 41, 2, dtype, scale=0.5, bias=True)
+    other.args = tuple(strided(a) if isinstance(a, Tensor) and a.ndim else a for a in case.args)
+    other.coefficients = [None if c is None else strided(c) for c in case.coefficients]
+    for way, twin in (
+        (case.statistics, other.statistics),
+        (case.two_sweeps, other.two_sweeps),
+        (case.chunk, other.chunk),
+    ):
+        dense, sparse = way(best, 16), twin(best, 16)
+        for key in dense:
+            torch.testing.assert_close(sparse[key], dense[key], rtol=2e-6, atol=2e-6, msg=key)
+
+
+def test_expanded_operands(best: ModuleType) -> None:
+    case = Case(4, 5, 19, 1, torch.float32, bias=True)
+    x, w, b, s, softcap, _, a, teacher = case.args
+    case.args = (
+        x[:1].expand(4, 5), w, b[:1].expand(19), s, softcap,
+        torch.tensor([[3]]).expand(4, 1), a[:1].expand(19), teacher[:1].expand(4, 19),
+    )  # fmt: skip
+    exact = case.doubled()
+    for way, truth in ((case.two_sweeps, exact.two_sweeps), (case.chunk, exact.chunk)):
+        assert_all_no_worse(way(best, 8), way(reference), truth(reference), FLOOR[torch.float32])
+
+
+def test_gradients_of_any_layout(best: ModuleType) -> None:
+    """dx, dw and db that the caller laid out in its own way."""
+    case = Case(6, 5, 41, 1, torch.float32, names=PLAIN)
+    found = best.linear_statistics(*case.args, case.names)
+    dense = case.two_sweeps(best, 16)
+    dx, dw = torch.empty(5, 6).T, torch.empty(5, 41).T
+    db = torch.empty(41, 2)[:, 0]
+    best.linear_gradient(*case.args, case.names, found, case.coefficient_list(), dx, dw, db, 16)
+    for ours, theirs in zip((dx, dw, db), dense.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for skipped in range(3):
+        wanted: list[Tensor | None] = [torch.empty_like(t) for t in dense.values()]
+        wanted[skipped] = None
+        best.linear_gradient(*case.args, case.names, found, case.coefficient_list(), *wanted, 16)
+        for ours, theirs in zip(wanted, dense.values(), strict=True):
+            assert ours is None or torch.equal(ours, theirs)
+
+
+def test_more_rows_than_a_block(best: ModuleType) -> None:
+    """Two blocks of rows (2048 and 2): dw and db are summed across them, dx is not."""
+    case = Case(2050, 3, 20, 1, torch.float32, names=("target", "lse", "sum"), bias=True)
+    exact = case.doubled()
+    assert_all_no_worse(
+        case.two_sweeps(best, 8), case.two_sweeps(reference), exact.two_sweeps(reference), 1e-6
+    )
+
+
+@pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
+def test_common_offset(cpp: ModuleType, names: Sequence[str]) -> None:
+    """Logits near 1e4 cost no more than in PyTorch: statistics are relative."""
+    names = [n for n in names if n != "softplus"]  # absolute by definition
+    case = Case(6, 7, 90, 1, torch.float32, names=names, bias=True)
+    x, w, b, *rest = case.args
+    # Exact in float32: the logits are multiples of 1/64 near 1e4.
+    x, w, b = (x * 2).round() / 4, (w * 2).round() / 4, (b * 4).round() / 16 + 10000.0
+    case.args = (x, w, b, *rest)
+    exact = case.doubled()
+    for way, truth in ((case.statistics, exact.statistics), (case.chunk, exact.chunk)):
+        assert_all_no_worse(way(cpp, 32), way(reference), truth(reference), 4e-7)
+
+
+@pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
+def test_minus_infinity(cpp: ModuleType, names: Sequence[str]) -> None:
+    """Classes cut by a bias of -inf: a whole first tile of them, and at a target."""
+    names = [n for n in names if n not in ("sum", "sumsq", "weighted_sum", "below_target")]
+    case = Case(8, 5, 70, 1, torch.float32, names=names, bias=True)
+    case.args[2][:20] = -torch.inf
+    case.args[2][60] = -torch.inf
+    exact = case.doubled()
+    for way, truth in (
+        (case.statistics, exact.statistics),
+        (case.two_sweeps, exact.two_sweeps),
+        (case.chunk, exact.chunk),
+    ):
+        assert_all_no_worse(way(cpp, 16), way(reference), truth(reference), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("names", [("target", "lse", "entropy", "max", "lse@2"), PLAIN])
+def test_no_negatives(cpp: ModuleType, names: Sequence[str]) -> None:
+    """V = 1 with its target, and rows whose negatives are all -inf: finite gradients."""
+    case = Case(3, 4, 9, 1, torch.float32, names=names, bias=True)
+    case.args[5][:] = 4
+    case.args[2][:] = -torch.inf
+    case.args[2][4] = 0.0
+    found = case.chunk(cpp, 4)
+    expected = {"lse": -torch.inf, "shift": 0.0, "argmax": -1, "mean": 0.0}
+    for key in expected.keys() & found.keys():
+        assert found[key].tolist() == [expected[key]] * 3, key
+    exact = case.doubled().chunk(reference)
+    for key in ("dx", "dw", "db"):
+        torch.testing.assert_close(found[key].double(), exact[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+@pytest.mark.parametrize("column", [1, 33], ids=["first tile", "last tile"])
+def test_poison(cpp: ModuleType, column: int, poison: float) -> None:
+    """+inf and NaN reach lse and, by NaN coefficients or not, the row's whole gradient."""
+    for names in (PLAIN, ("target", "lse", "entropy", "lse@2")):
+        case = Case(3, 4, 34, 1, torch.float32, names=names)
+        x, w, _, *rest = case.args
+        case.args = (x, w, torch.zeros(34), *rest)
+        case.args[5][:, 0] = 5
+        case.args[2][column] = poison
+        for found in (case.statistics(cpp, 16), case.chunk(cpp, 16)):
+            want = reference.linear_statistics(*case.args, case.names)
+            for name, value in zip(case.outs, want, strict=True):
+                torch.testing.assert_close(found[name], value, equal_nan=True, msg=name)
+        assert case.chunk(cpp, 16)["dx"].isnan().all()
+    clean = Case(3, 4, 34, 1, torch.float32, names=PLAIN)
+    clean.args[0][1] = poison
+    dx = clean.chunk(cpp, 16)["dx"]
+    assert dx.isnan().all(1).tolist() == [False, True, False]
+    assert dx[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("above", [30.0, 50.0, 200.0], ids=lambda a: f"{a:g} above")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_late_maximum(cpp: ModuleType, dtype: torch.dtype, above: float) -> None:
+    """The largest logit comes last: what was kept relative to the first tile is rescaled."""
+    case = Case(5, 4, 67, 1, dtype, names=PLAIN, bias=True)
+    case.args[5][:, 0] = torch.tensor([3, 66, -1, 20, 65])
+    case.args[2][65] += above / 2
+    case.args[2][66] += above
+    exact = case.doubled()
+    assert_all_no_worse(
+        case.chunk(cpp, 16), case.chunk(reference), exact.chunk(reference), FLOOR[dtype]
+    )
+
+
+def test_ties_take_the_lowest_id(cpp: ModuleType) -> None:
+    z = torch.zeros(1, 50)
+    z[0, [11, 30, 31]] = 2.0
+    z[0, [7, 40]] = 1.0
+    names = canonical(("target", "max", "runner_up", "below_target"))
+    for target, expected in ((30, (11, 31, 7)), (11, (30, 31, 7)), (40, (11, 30, 0))):
+        found = dict(
+            zip(
+                outputs(names),
+                cpp.logits_statistics(z, torch.tensor([[target]]), None, None, names),
+                strict=True,
+            )
+        )
+        ids = tuple(int(found[i]) for i in ("argmax", "runner_up_index", "below_target_index"))
+        assert ids == expected
+
+
+def test_extremes_across_tiles(cpp: ModuleType) -> None:
+    """Values of few levels, so that ties meet at every kind of tile boundary."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.ones(64, 1)
+    names = canonical(("target", "max", "runner_up", "below_target"))
+    target = torch.randint(0, 23, (64, 1), generator=g)
+    for seed in range(8):
+        w = torch.randint(0, 4, (23, 1), generator=g.manual_seed(seed)).float()
+        args = (x, w, None, None, 0.0, target, None, None, names)
+        want = reference.linear_statistics(*args)
+        for ours, theirs in zip(cpp.linear_statistics(*args, 4), want, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
+def test_same_bits_twice(best: ModuleType, names: Sequence[str]) -> None:
+    case = Case(65, 16, 300, 2, torch.float32, names=names, bias=True)
+    for way in (case.statistics, case.two_sweeps, case.chunk):
+        once, twice = way(best, 64), way(best, 64)
+        assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_schedules_agree(best: ModuleType) -> None:
+    case = Case(33, 16, 300, 1, torch.float32, names=PLAIN, bias=True)
+    one, two = case.chunk(best, 64), case.two_sweeps(best, 64)
+    for key in two:
+        torch.testing.assert_close(one[key], two[key], rtol=2e-6, atol=2e-6)
+
+
+def test_chunks_accumulate(best: ModuleType) -> None:
+    """Rows in two chunks give the dw and db of all of them at once."""
+    case = Case(10, 6, 40, 1, torch.float32, names=PLAIN, bias=True)
+    whole = case.chunk(best, 16)
+    x, w, b, s, softcap, target, a, teacher = case.args
+    dw, db = torch.empty_like(w), torch.empty_like(b)
+    wanted = ["target", "lse"]
+    for rows in (slice(0, 7), slice(7, 10)):
+        part = (x[rows], w, b, s, softcap, target[rows], a, teacher[rows], case.names, wanted)
+        buffer = torch.empty(part[0].shape[0], 48)[:, :40]
+        found = best.linear_chunk_statistics(*part, buffer, 16)
+        coefficients = [None if c is None else c[rows] for c in case.coefficient_list()]
+        dx = torch.empty_like(part[0])
+        best.linear_chunk_gradient(
+            *part, buffer, found, coefficients, dx, dw, db, rows.start > 0, 16
+        )
+        torch.testing.assert_close(dx, whole["dx"][rows])
+    torch.testing.assert_close(dw, whole["dw"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(db, whole["db"], rtol=1e-5, atol=1e-5)
+
+
+def test_capabilities_agree() -> None:
+    """The module for any processor and the one for this one differ by rounding."""
+    modules = [importlib.import_module(name) for name in MODULES]
+    case = Case(9, 16, 200, 2, torch.float32, scale=0.5, bias=True)
+    for way in (case.statistics, case.two_sweeps, case.chunk):
+        first, *others = [way(module, 64) for module in modules]
+        for other in others:
+            for key in first:
+                torch.testing.assert_close(other[key], first[key], rtol=3e-6, atol=3e-6, msg=key)
+    assert [m.capability for m in modules] == [n.rpartition("_")[2] for n in MODULES]
+
+
+def test_threads(best: ModuleType) -> None:
+    """Python threads share nothing; the thread count of torch is only a matter of speed."""
+    case = Case(65, 16, 300, 1, torch.float32, bias=True)
+    alone = case.chunk(best, 64)
+    results: list[dict[str, Tensor]] = []
+    workers = [
+        threading.Thread(target=lambda: results.append(case.chunk(best, 64))) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 3
+    for result in results:
+        for key in alone:
+            torch.testing.assert_close(result[key], alone[key], rtol=2e-6, atol=2e-6, msg=key)
+
+
+def test_wrong_arguments(best: ModuleType) -> None:
+    x, w = torch.zeros(3, 4), torch.zeros(5, 4)
+    rest = (None, None, None)
+    with pytest.raises(RuntimeError, match=r"w must have shape \(V, 4\)"):
+        best.linear_statistics(x, w[:, :3], None, None, 0.0, *rest, ("lse",))
+    with pytest.raises(RuntimeError, match=r"b must have shape \(5,\)"):
+        best.linear_statistics(x, w, torch.zeros(4), None, 0.0, *rest, ("lse",))
+    with pytest.raises(RuntimeError, match="statistic 'teacher' needs teacher"):
+        best.linear_statistics(x, w, None, None, 0.0, *rest, ("teacher",))
+    with pytest.raises(RuntimeError, match="must be canonical statistics, got 'entropies'"):
+        best.linear_statistics(x, w, None, None, 0.0, *rest, ("entropies",))
+    with pytest.raises(RuntimeError, match=r"target must be int64 of shape \(3, K\)"):
+        best.linear_statistics(x, w, None, None, 0.0, torch.zeros(3), None, None, ("lse",))
+    with pytest.raises(RuntimeError, match="buffer must be Float of shape"):
+        best.linear_chunk_statistics(
+            x, w, None, None, 0.0, *rest, ("lse",), ("lse",), torch.zeros(3, 6)
+        )
+    buffer = torch.zeros(3, 6)[:, :5]
+    head = (x, w, None, None, 0.0, *rest, ("lse", "sum"), ("lse",), buffer)
+    found = best.linear_chunk_statistics(*head)
+    ones = [None, torch.ones(3), torch.ones(3)]
+    with pytest.raises(RuntimeError, match="coefficients must be of the outputs in wanted"):
+        best.linear_chunk_gradient(*head, found, ones, torch.empty(3, 4), None, None, False)
