@@ -126,6 +126,7 @@ def linear_cross_entropy(
     """
     check_reduction(reduction)
     _check_outputs(outputs)
+    check_tensor("linear_weight", linear_weight)
     check_tensor("target", target)
     if linear_weight.ndim > 2:
         return _k_dimensional(

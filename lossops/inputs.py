@@ -128,9 +128,12 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_devices(input: Tensor, **others: Tensor | None) -> None:
-    """Raise a ValueError unless all tensors are on the device of ``input``."""
+    """Raise unless all are tensors, or None, on the device of ``input``."""
     for name, t in others.items():
-        if t is not None and t.device != input.device:
+        if t is None:
+            continue
+        check_tensor(name, t)
+        if t.device != input.device:
             raise ValueError(
                 f"{name} must be on the device of input, {input.device}, got {t.device}"
             )

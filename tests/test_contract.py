@@ -43,12 +43,12 @@ from lossops.statistics import canonical
 CASES = {
     "N7-V131-D33": (7, 131, 33),
     "N64-V1031-D48": (64, 1031, 48),
-    "N300-V4099-D64": (300, 4099, 64),
+    "N160-V4099-D40": (160, 4099, 40),
 }
 ROUNDED = ("f32", "bf16", "f16")  # float64 is the oracle
 SCHEDULES = {
     "one_sweep": LinearLossOptions(schedule="one_sweep"),
-    "chunks": LinearLossOptions(chunk_rows=37),
+    "chunks": LinearLossOptions(chunk_rows=41),
     "two_sweeps": LinearLossOptions(schedule="two_sweeps"),
 }
 NAMES = ("loss", "dx", "dw", "db", "dscale")
@@ -118,7 +118,7 @@ def test_1_losses_and_statistics_of_half_inputs_are_float32(dtype: str, backend:
     stats = lossops.linear_statistics(x, w, y, names=("entropy", "sumsq"), backend=backend)
     assert {t.dtype for t in stats.values.values()} == {torch.float32}
     for t in found:
-        (gradient,) = torch.autograd.grad(t.sum(), x)
+        (gradient,) = torch.autograd.grad(t.sum(), x, retain_graph=True)
         assert gradient.dtype == x.dtype
 
 
@@ -129,24 +129,24 @@ def test_1_long_sums_of_losses_keep_float32(
     dtype: str, schedule: str, reduction: str, backend: str
 ) -> None:
     """A bf16 accumulator over chunks is 10 to 36 % off here."""
-    x, w, _, y = make_inputs(1500, 700, 8, DTYPES[dtype])
+    x, w, _, y = make_inputs(1500, 200, 8, DTYPES[dtype])
     loss = ours(y, backend, reduction=reduction, options=SCHEDULES[schedule])
     exact = plain(y, reduction)(x.double(), w.double())
-    assert float(loss(x.requires_grad_(), w)) == pytest.approx(float(exact), rel=1e-6)
+    assert loss(x.requires_grad_(), w).item() == pytest.approx(float(exact), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_1_gradients_do_not_get_worse_with_the_number_of_chunks(dtype: str, backend: str) -> None:
-    x, w, b, y = make_inputs(512, 300, 16, DTYPES[dtype], spread=2.0)
+    x, w, b, y = make_inputs(256, 300, 16, DTYPES[dtype], spread=2.0)
     exact = value_and_gradients(plain(y), doubled((x, w, b)))
     error = {}
-    for rows in (512, 8):
+    for rows in (256, 8):
         found = value_and_gradients(
             ours(y, backend, options=LinearLossOptions(chunk_rows=rows)), (x, w, b)
         )
         error[rows] = [float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
-    for name, one, many in zip(NAMES, error[512], error[8], strict=False):
-        assert many <= 1.1 * one + 1e-7, f"{name}: {many:.2e} in 64 chunks, {one:.2e} in one"
+    for name, one, many in zip(NAMES, error[256], error[8], strict=False):
+        assert many <= 1.1 * one + 1e-7, f"{name}: {many:.2e} in 32 chunks, {one:.2e} in one"
 
 
 # 2. An error no more than twice that of plain PyTorch in the same dtype, against float64.
@@ -261,10 +261,9 @@ def test_2_a_confident_row_keeps_its_target_gradient(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_3_fp16_gradients_do_not_depend_on_the_loss_scale(schedule: str, backend: str) -> None:
     """What the scale may change is the rounding of the gradient itself, where fp16 ends."""
-    n, v = 512, 4096
-    x, w, b, y = make_inputs(n, v, 16, torch.float16, spread=1.5)
-    x = x * 4
-    w = w / 4
+    x, w, b, y = make_inputs(512, 4096, 16, torch.float16, spread=1.5)
+    x, w, y = x * 4, w / 4, y % 100
+    others = slice(100, None)  # classes that are never a target: sums of p / N, about 5e-7 each
     loss = ours(y, backend, options=SCHEDULES[schedule])
     exact = value_and_gradients(plain(y), doubled((x, w, b)))[1:]
 
@@ -272,15 +271,22 @@ def test_3_fp16_gradients_do_not_depend_on_the_loss_scale(schedule: str, backend
         return float((found.double() - exact).norm() / exact.norm())
 
     for scaler in (1.0, 65536.0):
-        found = value_and_gradients(loss, (x, w, b), scaler)[1:]
-        for name, mine, e in zip(NAMES[1:], found, exact, strict=False):
+        dx, dw, db = value_and_gradients(loss, (x, w, b), scaler)[1:]
+        for name, mine, e in (
+            ("dx", dx, exact[0]),
+            ("dw", dw, exact[1]),
+            ("dw of others", dw[others], exact[1][others]),
+            ("db of others", db[others], exact[2][others]),
+        ):
             rounding = error((e * scaler).half().double() / scaler, e)
-            assert error(mine.double() / scaler, e) <= 2 * rounding + 5e-4, f"{name} at {scaler}"
-    # This would notice 1/N folded in before dz is rounded:
+            found = error(mine.double() / scaler, e)
+            assert found <= 2 * rounding + 5e-4, f"{name} at {scaler}: {found:.1e}, {rounding:.1e}"
+    # The budget has teeth: 1/N folded in before dz is rounded does not meet it.
     z = F.linear(x.float(), w.float(), b.float()).requires_grad_()
     (dz,) = torch.autograd.grad(F.cross_entropy(z, y), z)
-    rounding = error(exact[1].half(), exact[1])
-    assert error(dz.half().double().T @ x.double(), exact[1]) > 2 * (2 * rounding + 5e-4)
+    e = exact[1][others]
+    folded = error((dz.half().double().T @ x.double())[others], e)
+    assert folded > 2 * (2 * error(e.half(), e) + 5e-4)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -513,11 +519,12 @@ def test_5_nan_and_infinities_propagate_as_in_pytorch(poison: str, form: str, ba
     else:
         found = value_and_gradients(ours(y, backend, **FORMS[form]), tensors)
     expected = value_and_gradients(plain(y, "none" if form == "none" else "mean"), tensors)
+    # Rows nobody counts: 0 where they are skipped, where PyTorch spreads the NaN of a class to them.
+    found[1][y < 0] = expected[1][y < 0] = 0.0
     for name, mine, theirs in zip(NAMES, found, expected, strict=False):
         torch.testing.assert_close(
-            mine, theirs, rtol=1e-10, atol=1e-12, equal_nan=True,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )  # fmt: skip
+            mine, theirs, rtol=1e-10, atol=1e-12, equal_nan=True, msg=f"{name}: {mine}"
+        )
 
 
 def test_5_an_fp16_product_that_overflows_is_no_overflow_here(backend: str) -> None:
@@ -536,7 +543,7 @@ def test_5_an_fp16_product_that_overflows_is_no_overflow_here(backend: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_6_the_same_bits_again(dtype: str, form: str, backend: str) -> None:
     """Targets shared by many rows, whose order of summation must not depend on threads."""
-    x, w, b, y = make_inputs(300, 4099, 32, DTYPES[dtype])
+    x, w, b, y = make_inputs(150, 4099, 16, DTYPES[dtype])
     y %= 5
     scale = torch.tensor(1.5)
     first = value_and_gradients(ours(y, backend, **FORMS[form]), (x, w, b, scale))
@@ -546,9 +553,9 @@ def test_6_the_same_bits_again(dtype: str, form: str, backend: str) -> None:
             assert torch.equal(a, b_), name
 
 
-# 7. N·V beyond 2^31. A chunk of logits holds at most max_workspace_bytes, and no buffer is N·V long,
-# so what could overflow is an offset into what the caller gave, or into a chunk he asked to be
-# large. Rows 2^30 elements apart in a sparse file have such offsets in a few pages of memory.
+# 7. N·V beyond 2^31. No buffer is N·V long, so what could overflow is an offset into what the
+# caller gave, or into a chunk he asked to be large. Rows 2^30 elements apart in a sparse file have
+# such offsets in a few pages of memory.
 
 
 def far_apart(values: Tensor, folder: Path) -> Tensor:
@@ -567,29 +574,21 @@ def far_apart(values: Tensor, folder: Path) -> Tensor:
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_7_offsets_beyond_31_bits_into_inputs(dtype: str, backend: str, tmp_path: Path) -> None:
     x, w, b, y = make_inputs(4, 50, 16, DTYPES[dtype])
-    far = far_apart(x, tmp_path)
     for form in FORMS.values():
-        near, there = (value_and_gradients(ours(y, backend, **form), (w, b)) if False else
-                       _gradients_of(t, w, b, y, backend, form) for t in (x, far))  # fmt: skip
-        assert all(torch.equal(a, b) for a, b in zip(near, there, strict=True))
-    z = F.linear(x, w, b)
-    for target in (y, torch.rand(4, 50)):
-        losses = [
-            lossops.cross_entropy(t, target, reduction="none", backend=backend)
-            for t in (z, far_apart(z, tmp_path))
-        ]
+        found = []
+        for rows in (x, far_apart(x, tmp_path)):
+            leaves = [t.detach().requires_grad_() for t in (rows, w, b)]
+            loss = ours(y, backend, **form)(*leaves)
+            found.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
+        assert all(torch.equal(near, far) for near, far in zip(*found, strict=True))
+    z, p = F.linear(x, w, b), torch.rand(4, 50)
+    far = far_apart(z, tmp_path)
+    for target in (y, p):
+        losses = [lossops.cross_entropy(t, target, reduction="none", backend=backend)
+                  for t in (z, far)]  # fmt: skip
         assert torch.equal(*losses)
-    p = torch.rand(4, 50)
     losses = [ours(t, backend)(x, w, b) for t in (p, far_apart(p, tmp_path))]
     assert torch.equal(*losses)
-
-
-def _gradients_of(
-    x: Tensor, w: Tensor, b: Tensor, y: Tensor, backend: str, form: dict
-) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_(), w.clone().requires_grad_(), b.clone().requires_grad_()]
-    loss = ours(y, backend, **form)(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
@@ -694,7 +693,7 @@ def test_8_ignored_rows_cost_nothing_in_one_sweep(backend: str, spy: Spy) -> Non
 # 9. Any layout.
 
 LAYOUTS = {
-    "transposed": lambda t: t.T.contiguous().T,
+    "transposed": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
     "every-second-row": lambda t: torch.stack([t, -t], 1)[:, 0],
     "every-second-column": lambda t: torch.stack([t, -t], -1)[..., 0],
     "offset": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
@@ -826,11 +825,9 @@ def peak_bytes() -> None:
 def measured(backend: str) -> dict[str, int]:
     """Peak bytes of each case, in a process of its own."""
     folder = str(Path(__file__).parent)
-    command = (
-        f"import sys; sys.path.insert(0, {folder!r}); import test_contract as t; t.peak_bytes()"
-    )
+    command = f"import sys; sys.path.insert(0, {folder!r}); from test_contract import peak_bytes"
     done = subprocess.run(
-        [sys.executable, "-c", command, backend, *MEMORY],
+        [sys.executable, "-c", f"{command}; peak_bytes()", backend, *MEMORY],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

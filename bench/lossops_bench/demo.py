@@ -30,9 +30,9 @@ from lossops_bench.demo_report import (
 )
 from lossops_bench.demo_train import OURS, PLAIN, Step, TrainOptions, worker
 
-# How far the two losses of a step may lie apart. Rounding alone puts them about 1e-6 apart at the
-# first step; every update amplifies it (measured over 60 steps of the default size: 2e-5).
-TOLERANCE = 1e-3
+# How far the two losses of a step may lie apart. Rounding makes it 1e-6 at the first step, and 400
+# steps of a small model left it there; at twice the learning rate training amplified it to 3e-4.
+TOLERANCE = 1e-4
 
 
 def demo_command(
@@ -69,7 +69,7 @@ def demo_command(
             classes=len(text.vocabulary),
             dim=dim,
             layers=layers,
-            context=min(256, batch_tokens),
+            context=min(128, batch_tokens),
             batch_tokens=batch_tokens,
             seed=seed,
             tied=tied,
