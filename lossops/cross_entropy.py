@@ -47,7 +47,15 @@ OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct")
 
 
 class CrossEntropyOutput(NamedTuple):
-    """Loss and the outputs asked for, each of the target's shape; None where not asked."""
+    """Loss and the outputs asked for, each of the target's shape; None where not asked.
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5]])
+        >>> found = lossops.cross_entropy(z, torch.tensor([0]), outputs=("argmax", "correct"))
+        >>> found.argmax, found.correct, found.entropy
+        (tensor([0]), tensor([True]), None)
+    """
 
     loss: Tensor
     logsumexp: Tensor | None = None

@@ -305,8 +305,9 @@ def linear_loss(
         )
     chosen = backends.select(backend, head.x.device, head.x.dtype).name
     if rows is not None:
-        sweep = LossSweep(head, ids, a, listed, losses, parameters, rows, chosen)
-        total: Tensor | None = apply(UserLoss, sweep, *diff, *parameters)[0]
+        once = list({id(p): p for p in parameters}.values())  # given twice it would count twice
+        sweep = LossSweep(head, ids, a, listed, losses, once, rows, chosen)
+        total: Tensor | None = apply(UserLoss, sweep, *diff, *once)[0]
         if total is not None:
             return total if reduction == "sum" else total / divisor
     stats = head_statistics(head, ids, listed, a, None, chosen)

@@ -59,7 +59,7 @@ class LinearCrossEntropyLoss(_LinearHead):
         num_classes: V.
         bias: whether there is a bias (V,). Default: ``False``.
         device, dtype: of the parameters.
-        weight: class weights, kept as a buffer.
+        weight: class weights (V,), kept as a buffer. Default: ``None``.
         options: keywords of `lossops.linear_cross_entropy`.
 
     Example:
@@ -90,7 +90,22 @@ class LinearCrossEntropyLoss(_LinearHead):
 
 
 class LinearLogProb(_LinearHead):
-    """`lossops.linear_log_prob` with its own weight; keywords are those of the function."""
+    """`lossops.linear_log_prob` with its own weight.
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        bias: whether there is a bias (V,). Default: ``False``.
+        device, dtype: of the parameters.
+        options: keywords of `lossops.linear_log_prob`.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.LinearLogProb(8, 100, entropy=True)
+        >>> log_prob, entropy = head(torch.randn(4, 8), torch.tensor([3, 1, 4, 1]))
+        >>> log_prob.shape, entropy.shape
+        (torch.Size([4]), torch.Size([4]))
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
         """log p of ``target`` (...), or with the entropy."""
@@ -100,7 +115,22 @@ class LinearLogProb(_LinearHead):
 
 
 class LinearLoss(_LinearHead):
-    """`lossops.linear_loss` with its own weight; ``loss_fn`` may be a module with parameters."""
+    """`lossops.linear_loss` with its own weight.
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        loss_fn: F of `lossops.linear_loss`; of a module the parameters get gradients.
+        bias: whether there is a bias (V,). Default: ``False``.
+        device, dtype: of the weight and bias.
+        options: keywords of `lossops.linear_loss`.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.LinearLoss(8, 100, lambda s, old: -(s.log_p - old).exp())
+        >>> head(torch.randn(4, 8), torch.tensor([3, 1, 4, 1]), old=torch.zeros(4)).shape
+        torch.Size([])
+    """
 
     def __init__(
         self, in_features: int, num_classes: int, loss_fn: Callable[..., Tensor], **options: Any
@@ -124,7 +154,18 @@ class LinearLoss(_LinearHead):
 
 
 class CrossEntropyLoss(nn.Module):
-    """`lossops.cross_entropy`, classes in the last dim; keywords are those of the function."""
+    """`lossops.cross_entropy`, classes in the last dim.
+
+    Args:
+        weight: class weights (V,), kept as a buffer. Default: ``None``.
+        options: keywords of `lossops.cross_entropy`.
+
+    Example:
+        >>> import torch, lossops
+        >>> loss = lossops.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
+        >>> loss(torch.randn(4, 100), torch.tensor([3, 1, 4, 1])).shape
+        torch.Size([4])
+    """
 
     weight: Tensor | None
 

@@ -15,7 +15,7 @@ float64 inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,14 @@ from torch import Tensor
 from lossops.statistics import STATISTICS, TEMPERATURE, outputs, temperature
 
 TILE = 4096  # classes upcast at a time: 4·D·TILE bytes beside a half-precision w
+PRODUCT = 2**22  # logits per product where no chunk is given, 16 MiB of float32
+BLOCK = 2**19  # logits worked on at a time: a dozen temporaries of 2 MiB, in cache
 
 Coefficients = Sequence[Tensor | None]
+# target, class_vector, teacher, names, statistics, coefficients
+Specification = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Sequence[str], Sequence[Tensor], Coefficients
+]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,7 +44,7 @@ def linear_logits(
 ) -> Tensor:
     """z (N, V) in the accumulate dtype; differentiable."""
     acc = accumulate_dtype(x.dtype)
-    z = x.to(acc) @ w.to(acc).T
+    z = torch.cat([x.to(acc) @ tile.to(acc).T for tile in w.split(TILE)], 1)
     if scale is not None:
         z = z * scale.to(acc)
     if b is not None:
@@ -57,9 +63,13 @@ def linear_statistics(
     teacher: Tensor | None,
     names: Sequence[str],
 ) -> list[Tensor]:
-    """Statistics straight from x and w; here through one chunk of logits, elsewhere by tiles."""
-    z = linear_logits(x, w, b, scale, softcap)
-    return logits_statistics(z, target, class_vector, teacher, names)
+    """Statistics straight from x and w; here some rows at a time, elsewhere by tiles."""
+
+    def some(rows: slice) -> list[Tensor]:
+        z = linear_logits(x[rows], w, b, scale, softcap)
+        return logits_statistics(z, _at(target, rows), class_vector, _at(teacher, rows), names)
+
+    return _by_rows(some, x.shape[0], w.shape[0], PRODUCT)
 
 
 def linear_chunk_statistics(
@@ -119,9 +129,13 @@ def linear_chunk_gradient(
     """
     acc = buffer.dtype
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    dz = _negatives_gradient(buffer, *spec)
-    if softcap:
-        dz *= 1 - (buffer / softcap).square()
+    for rows in _row_blocks(*buffer.shape, BLOCK):
+        z = buffer[rows]
+        part = _negatives_gradient(z, *_spec_at(rows, spec))
+        if softcap:
+            part *= 1 - (z / softcap).square()
+        z.copy_(part)
+    dz = buffer
     xs = x.to(acc) if scale is None else x.to(acc) * scale.to(acc)
     if dx is not None:
         dx.zero_()
@@ -166,8 +180,9 @@ def linear_gradient(
         at_target = target_gradient(softcap, w.shape[0], *spec)
     if dx is not None:
         dx.zero_()
-    for c in range(0, w.shape[0], TILE):
-        tile = slice(c, c + TILE)
+    size = min(TILE, max(256, BLOCK // max(x.shape[0], 1)))
+    for c in range(0, w.shape[0], size):
+        tile = slice(c, c + size)
         wt = w[tile].to(acc)
         z = linear_logits(x, w[tile], None if b is None else b[tile], scale, softcap)
         inside = None if target is None else _within(target, c, wt.shape[0])
@@ -196,6 +211,22 @@ def logits_statistics(
     names: Sequence[str],
 ) -> list[Tensor]:
     """Statistics of existing logits (N, V), in the order of ``outputs(names)``; differentiable."""
+
+    def some(rows: slice) -> list[Tensor]:
+        return _block_statistics(
+            z[rows], _at(target, rows), class_vector, _at(teacher, rows), names
+        )
+
+    return _by_rows(some, z.shape[0], z.shape[1], BLOCK)
+
+
+def _block_statistics(
+    z: Tensor,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+) -> list[Tensor]:
     z = z.to(accumulate_dtype(z.dtype))
     n, v = z.shape
     mask = torch.zeros_like(z, dtype=torch.bool)
@@ -265,11 +296,12 @@ def logits_gradient(
 ) -> None:
     """dz (N, V) of logits that exist, targets included, into ``out``, which may be ``z`` itself."""
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    dz = _negatives_gradient(z.to(accumulate_dtype(z.dtype)), *spec)
-    if target is not None:
-        value = target_gradient(0.0, z.shape[1], *spec)
-        dz.scatter_add_(1, target.clamp_min(0), value)
-    out.copy_(dz)
+    for rows in _row_blocks(*z.shape, BLOCK):
+        part = _spec_at(rows, spec)
+        dz = _negatives_gradient(z[rows].to(accumulate_dtype(z.dtype)), *part)
+        if target is not None:
+            dz.scatter_add_(1, target[rows].clamp_min(0), target_gradient(0.0, z.shape[1], *part))
+        out[rows] = dz
 
 
 def target_gradient(
@@ -378,6 +410,30 @@ def _negatives_gradient(
             at = c.unsqueeze(1).masked_fill(local < 0, 0.0)
             dz.scatter_add_(1, local.clamp_min(0), at)
     return dz if target is None else dz.masked_fill_(_target_mask(target, n, v), 0.0)
+
+
+def _row_blocks(n: int, v: int, size: int) -> Iterator[slice]:
+    """Slices of rows of at most ``size`` logits; one empty slice where there are no rows."""
+    step = max(1, size // max(v, 1))
+    for start in range(0, max(n, 1), step):
+        yield slice(start, min(start + step, n))
+
+
+def _by_rows(function: Callable[[slice], list[Tensor]], n: int, v: int, size: int) -> list[Tensor]:
+    """Outputs of ``function`` on blocks of rows, put together."""
+    parts = [function(rows) for rows in _row_blocks(n, v, size)]
+    return parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
+
+
+def _at(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]
+
+
+def _spec_at(rows: slice, spec: Specification) -> Specification:
+    """What a gradient needs, at some of the rows."""
+    target, class_vector, teacher, names, statistics, coefficients = spec
+    stats, coefs = [s[rows] for s in statistics], [_at(c, rows) for c in coefficients]
+    return _at(target, rows), class_vector, _at(teacher, rows), names, stats, coefs
 
 
 def _within(ids: Tensor, first: int, count: int) -> Tensor:

@@ -37,6 +37,11 @@ class LinearLossOptions:
         max_workspace_bytes: bound on the chunk of logits and the float32 accumulators of half
             precision gradients, in bytes. Default: ``536870912``.
         chunk_rows: rows per chunk of one sweep; None chooses them. Default: ``None``.
+
+    Example:
+        >>> import lossops
+        >>> lossops.LinearLossOptions(schedule="two_sweeps").max_workspace_bytes
+        536870912
     """
 
     schedule: str = "auto"

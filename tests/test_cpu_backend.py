@@ -142,9 +142,10 @@ def assert_all_no_worse(
         a, b = ours[name], theirs[name]
         assert (a.shape, a.dtype) == (exact.shape, b.dtype), name
         finite = exact.isfinite()
-        torch.testing.assert_close(
-            a.double()[~finite], exact.double()[~finite], equal_nan=True, msg=name
-        )
+        if not finite.all():
+            torch.testing.assert_close(
+                a.double()[~finite], exact.double()[~finite], equal_nan=True, msg=name
+            )
         if not finite.any():
             continue
         error = (a.double() - exact)[finite].abs()
@@ -156,15 +157,22 @@ def assert_all_no_worse(
         )
 
 
-# One tile and several; a vector and less; more targets than one and none; N = 0 and 1, V = 1.
-SHAPES = [
-    pytest.param(7, 33, 131, 1, 64, id="ragged tiles"),
-    pytest.param(5, 8, 37, 3, 16, id="three targets"),
-    pytest.param(4, 3, 8, 2, 3, id="tiles below a vector"),
-    pytest.param(6, 16, 64, 0, 2048, id="no target, one tile"),
-    pytest.param(3, 4, 1, 1, 8, id="V1"),
-    pytest.param(1, 5, 9, 2, 4, id="N1"),
-    pytest.param(0, 4, 7, 1, 4, id="N0"),
+# One tile and several; a vector and less; more targets than one and none; N = 0 and 1, V = 1. Half
+# precision differs only in how numbers are read and written: two shapes are enough.
+SHAPES = {
+    "ragged tiles": (7, 33, 131, 1, 64),
+    "three targets": (5, 8, 37, 3, 16),
+    "tiles below a vector": (4, 3, 8, 2, 3),
+    "no target, one tile": (6, 16, 64, 0, 2048),
+    "V1": (3, 4, 1, 1, 8),
+    "N1": (1, 5, 9, 2, 4),
+    "N0": (0, 4, 7, 1, 4),
+}
+GRID = [
+    pytest.param(dtype, *shape, id=f"{dtype}-{name}".removeprefix("torch."))
+    for dtype in DTYPES
+    for name, shape in SHAPES.items()
+    if dtype not in HALF or name in ("ragged tiles", "N0")
 ]
 MAPS = [
     pytest.param({}, id="plain"),
@@ -174,8 +182,7 @@ MAPS = [
 
 
 @pytest.mark.parametrize("options", MAPS)
-@pytest.mark.parametrize(("n", "d", "v", "k", "tile"), SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "n", "d", "v", "k", "tile"), GRID)
 def test_everything_at_once(
     cpp: ModuleType, dtype: torch.dtype, n: int, d: int, v: int, k: int, tile: int, options: Any
 ) -> None:
@@ -188,11 +195,11 @@ def test_everything_at_once(
     assert_all_no_worse(
         case.two_sweeps(cpp, tile), case.two_sweeps(reference), exact.two_sweeps(reference), floor
     )
-    for padding, start in ((5, None), (5, 0.5), (0, 0.5)):
+    for padding, start in ((5, None), (0, 0.5)):
         assert_all_no_worse(
             case.chunk(cpp, tile, padding=padding, start=start),
-            case.chunk(reference, padding=padding, start=start),
-            exact.chunk(reference, padding=padding, start=start),
+            case.chunk(reference, start=start),
+            exact.chunk(reference, start=start),
             floor,
         )
 

@@ -24,9 +24,7 @@ N, D, V = 23, 7, 37
 CHUNKS = LinearLossOptions(schedule="one_sweep", chunk_rows=5)  # the last chunk has 3 rows
 WHOLE = LinearLossOptions(schedule="one_sweep")
 TWO = LinearLossOptions(schedule="two_sweeps")
-SCHEDULES = pytest.mark.parametrize(
-    "options", [CHUNKS, WHOLE, TWO], ids=["chunks", "whole", "two"]
-)
+SCHEDULES = pytest.mark.parametrize("options", [CHUNKS, WHOLE, TWO], ids=["chunks", "whole", "two"])
 
 
 class Head(NamedTuple):
@@ -144,9 +142,9 @@ def sigmoids(s):
 
 
 def sigmoids_oracle(z, y):
-    return F.binary_cross_entropy_with_logits(
-        z, F.one_hot(y, V).to(z.dtype), reduction="none"
-    ).sum(1)
+    return F.binary_cross_entropy_with_logits(z, F.one_hot(y, V).to(z.dtype), reduction="none").sum(
+        1
+    )
 
 
 def collision(s):
@@ -316,11 +314,12 @@ def test_parameters_alone_want_a_gradient(head, backend):
     assert_same(gradients(loss, wanted), gradients(expected, wanted))
 
 
-def test_frozen_and_unused_parameters(head, backend):
+def test_frozen_unused_and_repeated_parameters(head, backend):
     model, unused = Temperature(), torch.ones(2, requires_grad=True)
     model.c.requires_grad_(False)
     loss = linear_loss(
-        head.x, head.w, head.target, model, parameters=(*model.parameters(), unused),
+        head.x, head.w, head.target, model,
+        parameters=(*model.parameters(), unused, model.t),
         options=CHUNKS, backend=backend,
     )  # fmt: skip
     expected = model.oracle(head.x @ head.w.T, head.ids)[head.counted].mean()
@@ -449,9 +448,7 @@ def test_all_rows_ignored(options, head, backend):
 
 @SCHEDULES
 def test_no_rows(options, head, backend):
-    loss = linear_loss(
-        head.x[:0], head.w, head.target[:0], focal, options=options, backend=backend
-    )
+    loss = linear_loss(head.x[:0], head.w, head.target[:0], focal, options=options, backend=backend)
     assert loss == 0
     assert not gradients(loss, head.w)[0].any()
 
@@ -518,6 +515,7 @@ def test_second_derivatives(options, backend):
 
 def test_gradient_penalty(head, backend):
     """A penalty on the gradient, as users write it; with `parameters` one sweep refuses."""
+
     def penalised(loss, x):
         (dx,) = gradients(loss, x, create_graph=True)
         return loss + dx.square().sum()
@@ -569,9 +567,9 @@ ATTRIBUTES = {
     "sum": lambda z, y: z.sum(1),
     "sumsq": lambda z, y: z.square().sum(1),
     "moment": lambda z, y: (z - z.mean(1, keepdim=True)).square().sum(1),
-    "softplus": lambda z, y: negatives(F.softplus(z), y).masked_fill(
-        F.one_hot(y, V).bool(), 0.0
-    ).sum(1),
+    "softplus": lambda z, y: (
+        negatives(F.softplus(z), y).masked_fill(F.one_hot(y, V).bool(), 0.0).sum(1)
+    ),
     "weighted_sum": lambda z, y: z @ vector(),
     "teacher": lambda z, y: (z * teacher() * vector()).sum(1),
     "target_minus_lse": lambda z, y: at(z, y) - negatives(z, y).logsumexp(1),
@@ -619,9 +617,7 @@ def test_attribute(name, head, backend):
     expected = ATTRIBUTES[name](head.logits(), head.ids)
     assert_same(found, expected)
     upstream = torch.linspace(-1, 1, N, dtype=torch.float64)
-    assert_same(
-        gradients(found, head.leaves, upstream), gradients(expected, head.leaves, upstream)
-    )
+    assert_same(gradients(found, head.leaves, upstream), gradients(expected, head.leaves, upstream))
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -646,9 +642,7 @@ def test_attribute_without_target(name, head, backend):
     }[name]
     found = getattr(s, name)
     assert_same(found, expected)
-    assert_same(
-        gradients(found.sum(), head.leaves), gradients(expected.sum(), head.leaves)
-    )
+    assert_same(gradients(found.sum(), head.leaves), gradients(expected.sum(), head.leaves))
     assert "target" not in s.values
 
 

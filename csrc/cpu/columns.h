@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "cpu/pages.h"
 #include "cpu/products.h"
 #include "cpu/targets.h"
 
@@ -18,7 +19,8 @@ namespace lossops {
 template <typename S>
 void add_column_sums(const S* dz, int64_t stride, int64_t rows, int64_t n, const S* f, S* to) {
   constexpr int64_t width = Vec<S>::size(), kVectors = 4, kColumns = kVectors * width;
-  at::parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = row_grain(rows * kColumns);
+  at::parallel_for(0, (n + kColumns - 1) / kColumns, grain, [&](int64_t begin, int64_t end) {
     for (int64_t column = begin * kColumns; column < std::min(n, end * kColumns);
          column += kColumns) {
       const int64_t count = std::min(kColumns, n - column);
@@ -57,6 +59,7 @@ class ClassGradient {
     if (dw || db) targets_ = target_entries(chain);
     const auto dtype = c10::CppTypeToScalarType<S>::value;
     direct_ = dw && dw->scalar_type() == dtype && (dw->stride(1) == 1 || dw->size(1) == 1);
+    if (dw && !accumulate) prefer_huge_pages(*dw);
     if (dw && !direct_) {
       dw_scratch_ = at::empty({std::min(tile, dw->size(0)), dw->size(1)}, x.options().dtype(dtype));
     }

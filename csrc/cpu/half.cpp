@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <vector>
 
 namespace lossops {
 namespace {
@@ -195,11 +196,15 @@ Tensor rounded_transposed(const Tensor& dz) {
   return out;
 }
 
-// A matrix whose rows are dense and start at even elements.
+Tensor dense(const Tensor& matrix) {
+  return matrix.stride(1) == 1 ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
+}
+
+// A matrix of even width whose rows are dense and start at even elements.
 Tensor paired(const Tensor& matrix) {
   const bool fits = matrix.stride(1) == 1 && matrix.stride(0) % 2 == 0 &&
                     reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 4 == 0;
-  return fits ? matrix : matrix.contiguous().clone();
+  return fits ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
 }
 
 }  // namespace
@@ -225,12 +230,12 @@ void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale) {
 
 void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate) {
   const Tensor rows = rounded(dz);
-  multiply(dx, rows.const_data_ptr<Half>(), rows.stride(0), pack(w), accumulate, 1.0f);
+  multiply(dx, rows.const_data_ptr<Half>(), rows.stride(0), pack(dense(w)), accumulate, 1.0f);
 }
 
 void half_dw(Tensor& dw, const Tensor& dz, const Tensor& x, bool accumulate) {
   const Tensor columns = rounded_transposed(dz);
-  multiply(dw, columns.const_data_ptr<Half>(), columns.stride(0), pack(x), accumulate, 1.0f);
+  multiply(dw, columns.const_data_ptr<Half>(), columns.stride(0), pack(dense(x)), accumulate, 1.0f);
 }
 
 }  // namespace lossops

@@ -19,6 +19,7 @@
 #include <ATen/ops/empty.h>
 
 #include "cpu/columns.h"
+#include "cpu/pages.h"
 #include "cpu/primitives.h"
 #include "cpu/products.h"
 #include "cpu/statistics.h"
@@ -48,7 +49,10 @@ std::optional<double> factor(const MaybeTensor& scale) {
 template <typename S>
 Tensor logits_scratch(const Task<S>& task, int64_t tile, const Tensor& like) {
   const int64_t stride = (std::min(task.classes, tile) + 31) / 16 * 16;
-  return at::empty({std::min(task.rows, kRowBlock), stride}, like.options().dtype(kDtype<S>));
+  const Tensor scratch =
+      at::empty({std::min(task.rows, kRowBlock), stride}, like.options().dtype(kDtype<S>));
+  prefer_huge_pages(scratch);
+  return scratch;
 }
 
 // pass(row, z, scratch) for each row of the tile z (rows, n); scratch (n,) is the thread's.
@@ -65,14 +69,14 @@ void each_row(const Tensor& z, F&& pass) {
 // Statistics by tiles z_tile(row, rows, class, classes): class tiles outside, so that a tile of w
 // serves all rows.
 template <typename S, typename F>
-void sweep(const Task<S>& task, Rows& x, Rows& w, int64_t tile, int64_t row_block, F&& z_tile,
-           const Fields<S>& out, bool keep, std::vector<RowState<S>>& states) {
+void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, int64_t row_block,
+           F&& z_tile, const Fields<S>& out, bool keep, std::vector<RowState<S>>& states) {
   const auto each_tile = [&](auto&& pass) {
     each_part(task.classes, tile, [&](int64_t first, int64_t n) {
       const Tensor wt = w(first, n);
       each_part(task.rows, row_block, [&](int64_t row, int64_t rows) {
         const Tensor z = z_tile(row, rows, first, n);
-        logits_tile(z, x(row, rows), wt);
+        logits_tile(z, x(row, rows), wt, scale);
         each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
           map_logits(zi, n, task.bias ? task.bias + first : nullptr, task.cap);
           pass(row + i, zi, first, n, scratch);
@@ -97,15 +101,23 @@ Task<S> task_of(const Head& head) {
                  head.b, head.softcap, head.names);
 }
 
-template <typename S>
-Rows rows_of_x(const Head& head, int64_t block) {
-  return Rows(head.x, kDtype<S>, factor(head.scale), block);
-}
+// How a call's products take x and w. Operands that are upcast carry the scale of the logits; the
+// product of bfloat16 ones applies it to z, where it is not rounded.
+struct Operands {
+  at::ScalarType dtype;
+  std::optional<double> scale;
 
-template <typename S>
-Rows rows_of_w(const Head& head, int64_t tile) {
-  return Rows(head.w, kDtype<S>, std::nullopt, tile);
-}
+  explicit Operands(const Head& head)
+      : dtype(operand_dtype(head.x, head.w)), scale(factor(head.scale)) {}
+
+  bool half() const { return dtype == at::kBFloat16; }
+  double scale_of_z() const { return half() ? scale.value_or(1.0) : 1.0; }
+  Rows x(const Head& head, int64_t block) const {
+    return Rows(head.x, dtype, half() ? std::nullopt : scale, block);
+  }
+  Rows scaled_x(const Head& head, int64_t block) const { return Rows(head.x, dtype, scale, block); }
+  Rows w(const Head& head, int64_t tile) const { return Rows(head.w, dtype, std::nullopt, tile); }
+};
 
 template <typename S>
 Tensors statistics_of(const Head& head, int64_t tile) {
@@ -114,12 +126,13 @@ Tensors statistics_of(const Head& head, int64_t tile) {
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
   const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
   std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
-  Rows x = rows_of_x<S>(head, kRowBlock), w = rows_of_w<S>(head, tile);
+  const Operands operands(head);
+  Rows x = operands.x(head, kRowBlock), w = operands.w(head, tile);
   const Tensor scratch = logits_scratch(task, tile, head.x);
   const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
     return scratch.narrow(0, 0, rows).narrow(1, 0, n);
   };
-  sweep(task, x, w, tile, kRowBlock, z_tile, out, false, states);
+  sweep(task, x, w, operands.scale_of_z(), tile, kRowBlock, z_tile, out, false, states);
   return tensors;
 }
 
@@ -150,18 +163,20 @@ template <typename S>
 Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor& buffer,
                             int64_t tile) {
   check_buffer(buffer, head.x, head.w, kDtype<S>);
+  prefer_huge_pages(buffer);
   const Task<S> task = task_of<S>(head);
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
   const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
   std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
   const int64_t block = std::max<int64_t>(1, task.rows);
-  Rows x = rows_of_x<S>(head, block), w = rows_of_w<S>(head, tile);
+  const Operands operands(head);
+  Rows x = operands.x(head, block), w = operands.w(head, tile);
   const bool keep = keeps_exponentials(head, wanted, buffer);
   const auto z_tile = [&](int64_t, int64_t, int64_t first, int64_t n) {
     return buffer.narrow(1, first, n);
   };
-  sweep(task, x, w, tile, block, z_tile, out, keep, states);
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states);
   if (keep) {
     S* offsets = buffer.template data_ptr<S>() + task.classes;
     for (int64_t i = 0; i < task.rows; ++i) offsets[i * buffer.stride(0)] = states[i].offset;
@@ -197,6 +212,7 @@ class DenseRows {
     if (!dx) return;
     const bool dense = dx->stride(1) == 1 || dx->size(1) == 1;
     rows_ = dense ? *dx : at::empty(dx->sizes(), dx->options());
+    prefer_huge_pages(rows_);
   }
   explicit operator bool() const { return dx_.has_value(); }
   Tensor& rows() { return rows_; }
@@ -247,12 +263,17 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
               "coefficients must be of the outputs in wanted, got others; name them in wanted when "
               "the statistics are collected");
 
-  Rows w = rows_of_w<S>(head, tile);
+  const Operands operands(head);
+  Rows w = operands.w(head, tile);
   Tensor factors, x;
   if (kept) factors = row_factors(chain, buffer);
-  if (dw) {
-    x = rows_of_x<S>(head, task.rows)(0, task.rows);
-    if (kept) x = x.mul(factors.unsqueeze(1));
+  if (dw && kept) {  // one rounding of f · scale · x
+    const Tensor f = factors.mul(operands.scale.value_or(1.0)).unsqueeze(1);
+    x = Rows(head.x, operands.dtype, std::nullopt, task.rows)(0, task.rows)
+            .mul(f)
+            .to(operands.dtype);
+  } else if (dw) {
+    x = operands.scaled_x(head, task.rows)(0, task.rows);
   }
   DenseRows by_row(dx);
   ClassGradient<S> by_class(chain, dw, db, accumulate, tile, head.x, factor(head.scale));
@@ -283,7 +304,10 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
   const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
   const Chain<S> chain{task, statistic, coefficient};
 
-  Rows x = rows_of_x<S>(head, kRowBlock), w = rows_of_w<S>(head, tile);
+  const Operands operands(head);
+  Rows x = operands.x(head, kRowBlock), w = operands.w(head, tile);
+  const bool apart = operands.half() && operands.scale.has_value();
+  Rows scaled_x = apart ? operands.scaled_x(head, kRowBlock) : x;
   const Tensor scratch = logits_scratch(task, tile, head.x);
   DenseRows by_row(dx);
   ClassGradient<S> by_class(chain, dw, db, false, tile, head.x, factor(head.scale));
@@ -292,13 +316,13 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
     by_class.begin(first, n);
     each_part(task.rows, kRowBlock, [&](int64_t row, int64_t rows) {
       const Tensor z = scratch.narrow(0, 0, rows).narrow(1, 0, n), part = x(row, rows);
-      logits_tile(z, part, wt);
+      logits_tile(z, part, wt, operands.scale_of_z());
       each_row<S>(z, [&](int64_t i, S* zi, S* taught) {
         map_logits(zi, n, task.bias ? task.bias + first : nullptr, task.cap);
         gradient(chain, row + i, zi, first, n, taught);
       });
       if (by_row) dx_tile(by_row.rows().narrow(0, row, rows), z, wt, first > 0);
-      by_class.add(z, part, nullptr);
+      by_class.add(z, apart ? scaled_x(row, rows) : part, nullptr);
     });
     by_class.end();
   });

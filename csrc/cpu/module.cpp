@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/half.h"
 #include "cpu/primitives.h"
 
 #define LOSSOPS_STRING_(x) #x
@@ -57,6 +58,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("class_vector"), arg("teacher"), arg("names"));
   m.def("logits_gradient", logits_gradient, no_gil, arg("z"), arg("target"), arg("class_vector"),
         arg("teacher"), arg("names"), arg("statistics"), arg("coefficients"), arg("out"));
+
+  // Whether bfloat16 products of depth d run on bfloat16 as it is, dz rounded to it.
+  m.def(
+      "half_products", [](int64_t d) { return half_products(at::kBFloat16, at::kBFloat16, d); },
+      arg("d"));
 
   m.attr("torch_version") = LOSSOPS_TORCH_VERSION;
   std::string capability = LOSSOPS_STRING(CPU_CAPABILITY);

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "cpu/half.h"
+
 namespace lossops {
 namespace {
 
@@ -22,13 +24,23 @@ void product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
 
 }  // namespace
 
-void logits_tile(Tensor z, const Tensor& x, const Tensor& w) { product(z, x, w.t(), false); }
+at::ScalarType operand_dtype(const Tensor& x, const Tensor& w) {
+  if (x.scalar_type() == at::kDouble) return at::kDouble;
+  return half_products(x.scalar_type(), w.scalar_type(), x.size(1)) ? at::kBFloat16 : at::kFloat;
+}
+
+void logits_tile(Tensor z, const Tensor& x, const Tensor& w, double scale) {
+  if (x.scalar_type() == at::kBFloat16) return half_logits(z, x, w, static_cast<float>(scale));
+  product(z, x, w.t(), false);
+}
 
 void dx_tile(Tensor dx, const Tensor& dz, const Tensor& w, bool accumulate) {
+  if (w.scalar_type() == at::kBFloat16) return half_dx(dx, dz, w, accumulate);
   product(dx, dz, w, accumulate);
 }
 
 void dw_tile(Tensor dw, const Tensor& dz, const Tensor& x, bool accumulate) {
+  if (x.scalar_type() == at::kBFloat16) return half_dw(dw, dz, x, accumulate);
   product(dw, dz.t(), x, accumulate);
 }
 
