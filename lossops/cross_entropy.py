@@ -9,7 +9,7 @@ the formulas and their gradients are in `lossops.recipes`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,33 @@ from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.statistics import RowStatistics, canonical
 from lossops.statistics import outputs as statistic_outputs
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _LogitsKeywords(TypedDict, total=False):
+        weight: Tensor | None
+        sample_weight: Tensor | None
+        reduction: str
+        ignore_index: int | None
+        label_smoothing: float
+        lse_square_scale: float
+        backend: str
+
+    class _HeadKeywords(_LogitsKeywords, total=False):
+        linear_bias: Tensor | None
+        logit_scale: float | Tensor | None
+        softcap: float | None
+        options: Any
+
+    class _LogProbKeywords(TypedDict, total=False):
+        linear_bias: Tensor | None
+        logit_scale: float | Tensor | None
+        softcap: float | None
+        ignore_index: int | None
+        options: LinearLossOptions | None
+        backend: str
+
+
 OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct")
 
 
@@ -63,6 +90,28 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     correct: Tensor | None = None
+
+
+@overload
+def linear_cross_entropy(  # type: ignore[overload-overlap]
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: tuple[()] = ...,
+    **keywords: Unpack[_HeadKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Collection[str],
+    **keywords: Unpack[_HeadKeywords],
+) -> CrossEntropyOutput: ...
 
 
 def linear_cross_entropy(
@@ -177,6 +226,28 @@ def linear_cross_entropy(
         return task.finish(loss, None, argmax, outputs)
     stats = head_statistics(head, task.ids, task.names, task.class_vector, task.teacher, chosen)
     return task.reduce(stats, reduction, outputs)
+
+
+@overload
+def cross_entropy(  # type: ignore[overload-overlap]
+    logits: Tensor,
+    target: Tensor,
+    *,
+    outputs: tuple[()] = ...,
+    inplace: bool = ...,
+    **keywords: Unpack[_LogitsKeywords],
+) -> Tensor: ...
+
+
+@overload
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    outputs: Collection[str],
+    inplace: bool = ...,
+    **keywords: Unpack[_LogitsKeywords],
+) -> CrossEntropyOutput: ...
 
 
 def cross_entropy(
@@ -475,6 +546,28 @@ def _check_inplace(
         )
     if any(t is not None and t.requires_grad for t in terms):
         raise ValueError("inplace=True does not differentiate weights; detach them")
+
+
+@overload
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    entropy: Literal[False] = ...,
+    **keywords: Unpack[_LogProbKeywords],
+) -> Tensor: ...
+
+
+@overload
+def linear_log_prob(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    entropy: Literal[True],
+    **keywords: Unpack[_LogProbKeywords],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_log_prob(

@@ -25,7 +25,7 @@ from lossops.statistics import STATISTICS, TEMPERATURE, outputs, temperature
 
 TILE = 4096  # classes upcast at a time: 4·D·TILE bytes beside a half-precision w
 PRODUCT = 2**22  # logits per product where no chunk is given, 16 MiB of float32
-BLOCK = 2**19  # logits worked on at a time: a dozen temporaries of 2 MiB, in cache
+BLOCK = 2**18  # logits worked on at a time: a dozen temporaries of 1 MiB, in cache
 
 Coefficients = Sequence[Tensor | None]
 # target, class_vector, teacher, names, statistics, coefficients
@@ -129,7 +129,7 @@ def linear_chunk_gradient(
     """
     acc = buffer.dtype
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    for rows in _row_blocks(*buffer.shape, BLOCK):
+    for rows in _row_blocks(x.shape[0], w.shape[0], BLOCK):
         z = buffer[rows]
         part = _negatives_gradient(z, *_spec_at(rows, spec))
         if softcap:
@@ -296,7 +296,7 @@ def logits_gradient(
 ) -> None:
     """dz (N, V) of logits that exist, targets included, into ``out``, which may be ``z`` itself."""
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    for rows in _row_blocks(*z.shape, BLOCK):
+    for rows in _row_blocks(z.shape[0], z.shape[1], BLOCK):
         part = _spec_at(rows, spec)
         dz = _negatives_gradient(z[rows].to(accumulate_dtype(z.dtype)), *part)
         if target is not None:

@@ -32,6 +32,9 @@ DTYPES = (torch.float64, torch.float32, *HALF)
 # What the reference may escape by luck in a small case, in units of 1 + |oracle|: eight roundings.
 # In float64 it is the oracle itself and has no error to compare with.
 FLOOR = {d: 64 * 2.0**-53 if d == torch.float64 else 8 * 2.0**-24 for d in DTYPES}
+# The same for dx and dw where a processor multiplies bfloat16 itself: dz is rounded for these two
+# products, which the reference does not do; tests/test_contract.py holds them to PyTorch's error.
+ROUNDED_FLOOR = 4 * 2.0**-8
 
 
 @pytest.fixture(params=MODULES, ids=lambda name: name.rpartition("_")[2])
@@ -134,7 +137,11 @@ class Case:
 
 
 def assert_all_no_worse(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], oracle: dict[str, Tensor], floor: float
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    floor: float,
+    rounded: bool = False,
 ) -> None:
     """Errors at most twice those of ``theirs``; the same infinities and NaN, the same ids."""
     assert ours.keys() == oracle.keys()
@@ -150,7 +157,8 @@ def assert_all_no_worse(
             continue
         error = (a.double() - exact)[finite].abs()
         budget = (b.double() - exact)[finite].abs().max()
-        limit = 2 * budget + floor * (1 + exact[finite].abs().max())
+        each = ROUNDED_FLOOR if rounded and name in ("dx", "dw") else floor
+        limit = 2 * budget + each * (1 + exact[finite].abs().max())
         assert error.max() <= limit, (
             f"{name}: error {error.max():.2e} > {limit:.2e} (reference {budget:.2e}), "
             f"worst of {a.tolist() if a.numel() < 20 else a.shape}"
@@ -189,11 +197,16 @@ def test_everything_at_once(
     case = Case(n, d, v, k, dtype, **options)
     exact = case.doubled()
     floor = FLOOR[dtype]
+    rounded = dtype == torch.bfloat16 and cpp.half_products(d)
     assert_all_no_worse(
         case.statistics(cpp, tile), case.statistics(reference), exact.statistics(reference), floor
     )
     assert_all_no_worse(
-        case.two_sweeps(cpp, tile), case.two_sweeps(reference), exact.two_sweeps(reference), floor
+        case.two_sweeps(cpp, tile),
+        case.two_sweeps(reference),
+        exact.two_sweeps(reference),
+        floor,
+        rounded,
     )
     for padding, start in ((5, None), (0, 0.5)):
         assert_all_no_worse(
@@ -201,6 +214,7 @@ def test_everything_at_once(
             case.chunk(reference, start=start),
             exact.chunk(reference, start=start),
             floor,
+            rounded,
         )
 
 

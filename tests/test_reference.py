@@ -167,6 +167,8 @@ def test_closed_form_gradients_are_those_of_autograd(
 ) -> None:
     """Random coefficients, so that every basis meets every other in one row."""
     monkeypatch.setattr(reference, "TILE", 3)  # tiles of 3, 3 and 1 classes
+    monkeypatch.setattr(reference, "BLOCK", 2 * V)  # blocks of 2, 2 and 1 rows
+    monkeypatch.setattr(reference, "PRODUCT", 3 * V)
     x, w, b, _ = make_inputs(5, V, 4, spread=2.0)
     _, a, t = tensors()
     target = TARGETS[kind]
@@ -334,17 +336,26 @@ def test_half_precision_logits_are_float32_from_the_product_on() -> None:
     torch.testing.assert_close(log_p.double(), -F.cross_entropy(z, y, reduction="none"))
 
 
-@pytest.mark.parametrize("tile", [1, 3, 7, 4096])
-def test_the_tile_size_never_changes_the_answer(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("constant", "size"),
+    [("TILE", 1), ("TILE", 3), ("BLOCK", 1), ("BLOCK", 44), ("PRODUCT", 1), ("PRODUCT", 50)],
+)
+def test_the_size_of_a_block_never_changes_the_answer(
+    constant: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, w, b, y = make_inputs(6, 11, 4)
-    names = canonical(["entropy", "max", "sumsq", "target"])
-    spec = (x, w, b, None, 5.0, y.unsqueeze(1), None, None, names)
-    stats = reference.linear_statistics(*spec)
-    coefficients = [None if o in ("shift", *INDEX_OUTPUTS) else torch.ones_like(s)
-                    for o, s in zip(outputs(names), stats, strict=True)]  # fmt: skip
-    whole = [torch.empty_like(p) for p in (x, w, b)]
-    reference.linear_gradient(*spec, stats, coefficients, *whole)
-    monkeypatch.setattr(reference, "TILE", tile)
-    tiled = [torch.empty_like(p) for p in (x, w, b)]
-    reference.linear_gradient(*spec, stats, coefficients, *tiled)
-    torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-14)
+    names = canonical(["entropy", "max", "sumsq", "teacher", "target"])
+    teacher = torch.rand(6, 11, dtype=torch.float64)
+    spec = (x, w, b, None, 5.0, y.unsqueeze(1), None, teacher, names)
+
+    def run() -> list[Tensor]:
+        stats = reference.linear_statistics(*spec)
+        coefficients = [None if o in ("shift", *INDEX_OUTPUTS) else torch.ones_like(s)
+                        for o, s in zip(outputs(names), stats, strict=True)]  # fmt: skip
+        gradients = [torch.empty_like(p) for p in (x, w, b)]
+        reference.linear_gradient(*spec, stats, coefficients, *gradients)
+        return [*stats, *gradients]
+
+    whole = run()
+    monkeypatch.setattr(reference, constant, size)
+    torch.testing.assert_close(run(), whole, rtol=1e-12, atol=1e-13)

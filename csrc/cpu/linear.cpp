@@ -30,6 +30,10 @@ namespace {
 // Rows in flight at once where a call is not a chunk: with 2048 classes 16 MiB of logits.
 constexpr int64_t kRowBlock = 2048;
 
+// What half-precision rows of x, of w and of dw may each take in float32. With the logits that is
+// all the scratch there is: 64 MiB.
+constexpr int64_t kUpcastBytes = 16 << 20;
+
 template <typename S>
 constexpr auto kDtype = c10::CppTypeToScalarType<S>::value;
 
@@ -37,6 +41,13 @@ constexpr auto kDtype = c10::CppTypeToScalarType<S>::value;
 template <typename F>
 void each_part(int64_t total, int64_t part, F&& f) {
   for (int64_t first = 0; first < total; first += part) f(first, std::min(part, total - first));
+}
+
+// How many of at most `count` rows of D values are worked on at once.
+int64_t rows_in_flight(const Head& head, int64_t count) {
+  if (!at::isReducedFloatingType(head.x.scalar_type())) return count;
+  const int64_t fit = kUpcastBytes / (4 * std::max<int64_t>(1, head.x.size(1)));
+  return std::min(count, std::max<int64_t>(256, fit / 64 * 64));
 }
 
 std::optional<double> factor(const MaybeTensor& scale) {
@@ -47,10 +58,10 @@ std::optional<double> factor(const MaybeTensor& scale) {
 // Scratch for the logits of a block of rows and a tile of classes. Its row stride is no power of
 // two: the rows of a column would share a cache set.
 template <typename S>
-Tensor logits_scratch(const Task<S>& task, int64_t tile, const Tensor& like) {
+Tensor logits_scratch(const Task<S>& task, int64_t block, int64_t tile, const Tensor& like) {
   const int64_t stride = (std::min(task.classes, tile) + 31) / 16 * 16;
   const Tensor scratch =
-      at::empty({std::min(task.rows, kRowBlock), stride}, like.options().dtype(kDtype<S>));
+      at::empty({std::min(task.rows, block), stride}, like.options().dtype(kDtype<S>));
   prefer_huge_pages(scratch);
   return scratch;
 }
@@ -127,12 +138,14 @@ Tensors statistics_of(const Head& head, int64_t tile) {
   const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
   std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
   const Operands operands(head);
-  Rows x = operands.x(head, kRowBlock), w = operands.w(head, tile);
-  const Tensor scratch = logits_scratch(task, tile, head.x);
+  const int64_t block = rows_in_flight(head, kRowBlock);
+  tile = rows_in_flight(head, tile);
+  Rows x = operands.x(head, block), w = operands.w(head, tile);
+  const Tensor scratch = logits_scratch(task, block, tile, head.x);
   const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
     return scratch.narrow(0, 0, rows).narrow(1, 0, n);
   };
-  sweep(task, x, w, operands.scale_of_z(), tile, kRowBlock, z_tile, out, false, states);
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, false, states);
   return tensors;
 }
 
@@ -305,16 +318,18 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
   const Chain<S> chain{task, statistic, coefficient};
 
   const Operands operands(head);
-  Rows x = operands.x(head, kRowBlock), w = operands.w(head, tile);
+  const int64_t block = rows_in_flight(head, kRowBlock);
+  tile = rows_in_flight(head, tile);
+  Rows x = operands.x(head, block), w = operands.w(head, tile);
   const bool apart = operands.half() && operands.scale.has_value();
-  Rows scaled_x = apart ? operands.scaled_x(head, kRowBlock) : x;
-  const Tensor scratch = logits_scratch(task, tile, head.x);
+  Rows scaled_x = apart ? operands.scaled_x(head, block) : x;
+  const Tensor scratch = logits_scratch(task, block, tile, head.x);
   DenseRows by_row(dx);
   ClassGradient<S> by_class(chain, dw, db, false, tile, head.x, factor(head.scale));
   each_part(task.classes, tile, [&](int64_t first, int64_t n) {
     const Tensor wt = w(first, n);
     by_class.begin(first, n);
-    each_part(task.rows, kRowBlock, [&](int64_t row, int64_t rows) {
+    each_part(task.rows, block, [&](int64_t row, int64_t rows) {
       const Tensor z = scratch.narrow(0, 0, rows).narrow(1, 0, n), part = x(row, rows);
       logits_tile(z, part, wt, operands.scale_of_z());
       each_row<S>(z, [&](int64_t i, S* zi, S* taught) {
