@@ -40,7 +40,7 @@ from lossops.linear import (
 from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
-from lossops.statistics import RowStatistics, canonical
+from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical
 from lossops.statistics import outputs as statistic_outputs
 
 if TYPE_CHECKING:
@@ -401,8 +401,9 @@ class _Task(NamedTuple):
         if self.ids is not None:
             active = self.ids[:, 0] >= 0
             values["target"] = torch.where(active, values["target"].squeeze(1), 0.0)
-            single = RowStatistics({**values, "lse": torch.where(active, values["lse"], 0.0)},
-                                   stats.num_classes)  # fmt: skip
+            # Every statistic: a NaN weight of an ignored row must not reach a coefficient either.
+            single = RowStatistics({n: t if n in INDEX_OUTPUTS else torch.where(active, t, 0.0)
+                                    for n, t in values.items()}, stats.num_classes)  # fmt: skip
             losses = torch.where(active, cross_entropy_losses(single, self.terms), 0.0)
         else:
             losses = cross_entropy_losses(RowStatistics(values, stats.num_classes), self.terms)

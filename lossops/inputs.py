@@ -57,7 +57,8 @@ def head_inputs(
     scale = _scale(logit_scale, input)
     check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
     x, w, b = _one_dtype(input, linear_weight, linear_bias)
-    return HeadInputs(x.reshape(-1, dim), w, b, scale, float(softcap or 0.0), input.shape[:-1])
+    lead = input.shape[:-1]
+    return HeadInputs(x.reshape(lead.numel(), dim), w, b, scale, float(softcap or 0.0), lead)
 
 
 def class_ids(

@@ -536,6 +536,18 @@ def test_5_an_fp16_product_that_overflows_is_no_overflow_here(backend: str) -> N
     torch.testing.assert_close(loss.double(), exact)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e8, 1e30])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_5_huge_finite_logits_are_no_overflow(schedule: str, size: float, backend: str) -> None:
+    x, w, b, y = make_inputs(7, 300, 33, torch.float32)
+    loss = ours(y, backend, options=SCHEDULES[schedule])
+    found = value_and_gradients(loss, (x * size, w, b))
+    exact = value_and_gradients(plain(y), doubled((x * size, w, b)))
+    for name, mine, e in zip(NAMES, found, exact, strict=False):
+        atol = 1e-5 * float(e.abs().max())
+        torch.testing.assert_close(mine.double(), e, rtol=0, atol=atol, msg=f"{name}: {mine}")
+
+
 # 6. Deterministic: the same bits for the same inputs.
 
 
@@ -610,6 +622,19 @@ def test_7_offsets_beyond_31_bits_into_a_chunk(backend: str, tmp_path: Path) -> 
         )
         found.append([*stats, *gradients])
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)  # a GEMM may mind the stride
+
+
+@pytest.mark.slow
+def test_7_more_than_31_bits_of_logits(backend: str) -> None:
+    """2.2e9 of them; the last rows come out as they do alone."""
+    if backend == "reference":
+        pytest.skip("minutes, and the reference has no offsets of its own")
+    x, w, _, y = make_inputs(66_000, 32_768, 1, torch.float32)
+    tail = slice(-50, None)
+    loss = ours(y, backend, reduction="none")
+    losses, dx, _ = value_and_gradients(loss, (x, w))
+    alone = value_and_gradients(ours(y[tail], backend, reduction="none"), (x[tail], w))
+    torch.testing.assert_close([losses[tail], dx[tail]], alone[:2])
 
 
 # 8. Frozen inputs skip their GEMM; under no_grad no gradient is computed.
@@ -818,7 +843,7 @@ def peak_bytes(*backends: str) -> None:
         os._exit(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def measured() -> dict[tuple[str, str], int]:
     """Peak bytes of each backend and case, in a process whose malloc gives back what is freed."""
     cpu = torch.device("cpu")
