@@ -8,6 +8,7 @@ ARGS ?=
 export LOSSOPS_BUILD ?= cpu
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH  # another checkout must not be tested in the place of this one
 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 built := .venv/built-$(LOSSOPS_BUILD)

@@ -8,7 +8,7 @@
 // A chunk's buffer holds z with -inf at the targets, or, where off the targets dz_ij is f_i
 // e^{z_ij} with one factor a row (coefficients of `target` and `lse` alone, no softcap),
 //
-//   E = e^{z - k}, k_i near the largest negative of the first tile, f_i = c_i e^{k_i - m_i - lse_i}
+//   E = e^{z - k}, k_i near the largest negative of the first tile, f_i = c_i / Σ_j E_ij
 //   dx = f (E w)     dw = Eᵀ (f x)     db = Eᵀ f
 //
 // so that dz is never formed. A row whose later maximum is too far above k is rescaled in place.
@@ -157,7 +157,7 @@ void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::Sc
               buffer.strides());
 }
 
-// Whether the buffer of such a call holds exponentials; their offsets k lie in its column V.
+// Whether the buffer of such a call holds exponentials; their row sums lie in its column V.
 bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
   if (head.softcap != 0 || !contains(head.names, "lse")) return false;
   for (const auto& name : head.names) {  // those that take z a second time
@@ -191,8 +191,10 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   };
   sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states);
   if (keep) {
-    S* offsets = buffer.template data_ptr<S>() + task.classes;
-    for (int64_t i = 0; i < task.rows; ++i) offsets[i * buffer.stride(0)] = states[i].offset;
+    S* sums = buffer.template data_ptr<S>() + task.classes;
+    for (int64_t i = 0; i < task.rows; ++i) {
+      sums[i * buffer.stride(0)] = static_cast<S>(states[i].softmax.sum);
+    }
   }
   return tensors;
 }
@@ -201,16 +203,15 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
 template <typename S>
 Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
   const Tensor factors = at::empty({chain.task.rows}, buffer.options());
-  const S* offsets = buffer.template const_data_ptr<S>() + chain.task.classes;
+  const S* sums = buffer.template const_data_ptr<S>() + chain.task.classes;
   S* f = factors.template data_ptr<S>();
   for (int64_t i = 0; i < chain.task.rows; ++i) {
     const S c = chain.coefficient.lse == nullptr ? S(0) : chain.coefficient.lse[i];
     const S lse = chain.statistic.lse[i];
-    const double k = offsets[i * buffer.stride(0)] * kOffsetUnit<S>;
     if (lse == -kInf<S>) {
       f[i] = c * 0;
     } else if (std::isfinite(lse)) {
-      f[i] = static_cast<S>(c * std::exp(k - chain.statistic.shift[i] - lse));
+      f[i] = c / sums[i * buffer.stride(0)];
     } else {
       f[i] = std::numeric_limits<S>::quiet_NaN();
     }

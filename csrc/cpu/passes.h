@@ -116,27 +116,37 @@ inline SoftmaxSums exponentials(const S* z, int64_t n, S shift, S t) {
   return {sum_of_lanes(sum), kWeighted ? sum_of_lanes(weighted) : 0};
 }
 
-// The offset of exponentials that are kept: k powers of two in float, so that no difference is
-// rounded and an offset that was badly chosen costs no accuracy; just k in double.
-template <typename S>
-constexpr double kOffsetUnit = std::is_same_v<S, float> ? 0.693147180559945309417 : 1;
+// The offset of exponentials that are kept: a number of powers of two in float, so that no
+// difference is rounded and an offset that was badly chosen costs no accuracy; a logit in double,
+// and in float where the powers of two would not be exact any more.
+struct Offset {
+  static constexpr double kUnit = 0.693147180559945309417;
+  static constexpr double kLargest = 8192;  // logit
 
-template <typename S>
-inline S offset_near(S top) {
-  return std::is_same_v<S, float> ? static_cast<S>(std::nearbyint(top / kOffsetUnit<S>)) : top;
-}
+  bool powers = false;
+  double count = 0;
 
-// E = e^{z - k unit} in place of z, and their sum.
+  template <typename S>
+  static Offset near(S top) {
+    if (!std::is_same_v<S, float> || std::abs(top) > kLargest) return {false, top};
+    return {true, std::nearbyint(top / kUnit)};
+  }
+  double logit() const { return powers ? count * kUnit : count; }
+};
+
+// E = e^{z - offset} in place of z, and their sum.
 template <typename S>
-inline double keep_exponentials(S* z, int64_t n, S k) {
-  const Vec<S> ks(k), floor(static_cast<S>(k * kOffsetUnit<S> - 88));
+inline double keep_exponentials(S* z, int64_t n, const Offset& offset) {
+  const S logit = offset.powers ? S(0) : static_cast<S>(offset.count);
+  const S k = offset.powers ? static_cast<S>(offset.count) : S(0);
+  const Vec<S> logits(logit), ks(k), floor(static_cast<S>(k * Offset::kUnit - 88));
   Vec<S> sum(0);
   for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
     Vec<S> e = load(z + i, count, -kInf<S>);
     if constexpr (std::is_same_v<S, float>) {
-      e = exp_float(e, ks, floor);
+      e = exp_float(e - logits, ks, floor);
     } else {
-      e = (e - ks).exp();
+      e = (e - logits).exp();
     }
     sum = sum + e;
     store(z + i, e, count);

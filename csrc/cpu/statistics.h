@@ -25,8 +25,8 @@ struct RowState {
   S second = -kInf<S>;  // the next
   int64_t top_index = -1, second_index = -1;
   bool seen = false;  // a finite negative: `shift` or `offset` is set
-  double shift = 0;   // what the sums are relative to: the maximum, or offset times its unit
-  S offset = 0;       // that of exponentials which are kept
+  double shift = 0;   // what the sums are relative to: the maximum, or the offset's logit
+  Offset offset;      // that of exponentials which are kept
   S first_target = -kInf<S>;
   S below = -kInf<S>;  // the largest negative below it so far
   SoftmaxSums softmax;
@@ -109,8 +109,8 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, bool kee
                         int64_t before) {
   if (top == -kInf<S>) return;
   if (state.seen && top - state.shift <= (keep ? kHeadroom<S> : 0)) return;
-  const S offset = keep ? offset_near(top) : S(0);
-  const double shift = keep ? offset * kOffsetUnit<S> : top;
+  const Offset offset = Offset::near(top);
+  const double shift = keep ? offset.logit() : top;
   if (state.seen) {
     const double by = shift - state.shift;
     if (keep) multiply(row, before, static_cast<S>(std::exp(-by)));
