@@ -134,8 +134,8 @@ def linear_cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """Cross-entropy of a linear head, the logits never stored as a whole.
 
-    loss = Σ_n u_n [(1 - ε) (-log p_n,y) + ε mean_j (-log p_nj)] / Σ_n u_n + penalty,
-    u_n = sample_weight_n · weight[y_n], penalty = lse_square_scale · logsumexp_n²
+    loss = Σ_n s_n [(1 - ε) a_y (-log p_n,y) + ε mean_j a_j (-log p_nj) + λ logsumexp_n²] / Σ_n u_n
+    s = sample_weight, a = weight, u_n = s_n a_y, λ = lse_square_scale; 1 for weights not given
 
     A superset of ``torch.nn.functional.linear_cross_entropy``: any call there works here, except
     that the loss of half-precision inputs is float32, and 0 where all rows are ignored.
