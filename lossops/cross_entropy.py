@@ -169,7 +169,7 @@ def linear_cross_entropy(
 
     Note:
         Extra memory, in bytes, beyond inputs and gradients: one sweep a chunk of logits of at most
-        112 MiB, and 4·D·(N + V) of accumulators for half precision, all within
+        136 MiB, and 4·D·(N + V) of accumulators for half precision, all within
         ``max_workspace_bytes``; two sweeps 4·N·D for dx of half precision and tiles of at most
         about 64 MiB. Same bits for the same inputs, threads and build.
 
