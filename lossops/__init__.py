@@ -1,14 +1,28 @@
 """lossops: fused large-output losses. A loss is a small function of row statistics."""
 
+from lossops import optim
 from lossops.cross_entropy import (
     CrossEntropyOutput,
     cross_entropy,
     linear_cross_entropy,
     linear_log_prob,
 )
+from lossops.factored import FactoredSphericalHead
 from lossops.linear import linear_loss, linear_statistics
 from lossops.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb, LinearLoss
 from lossops.schedules import LinearLossOptions
+from lossops.spherical import (
+    linear_log_spherical_softmax_loss,
+    linear_log_taylor_softmax_loss,
+    linear_spherical_loss,
+    linear_spherical_mse_loss,
+    linear_spherical_z_loss,
+    log_spherical_softmax_loss,
+    log_taylor_softmax_loss,
+    spherical_loss,
+    spherical_mse_loss,
+    spherical_z_loss,
+)
 from lossops.statistics import RowStatistics
 
 __version__ = "0.1.0"
@@ -16,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "FactoredSphericalHead",
     "LinearCrossEntropyLoss",
     "LinearLogProb",
     "LinearLoss",
@@ -24,6 +39,17 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_log_prob",
+    "linear_log_spherical_softmax_loss",
+    "linear_log_taylor_softmax_loss",
     "linear_loss",
+    "linear_spherical_loss",
+    "linear_spherical_mse_loss",
+    "linear_spherical_z_loss",
     "linear_statistics",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_loss",
+    "optim",
+    "spherical_loss",
+    "spherical_mse_loss",
+    "spherical_z_loss",
 ]

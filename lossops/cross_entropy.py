@@ -373,10 +373,10 @@ class _Task(NamedTuple):
             total = teacher_sums(teacher, a, ones.dtype)
             taught = each * (1 - eps)
             lse = taught * total if lse is None else lse + taught * total
-            _, divisor = row_factors(None, rows, None, head)
+            _, divisor = row_factors(None, rows, None, x)
         else:
             ids = class_ids(target, lead, v, ignore_index)
-            u, divisor = row_factors(ids, rows, a, head)
+            u, divisor = row_factors(ids, rows, a, x)
             nll = (ones if u is None else u) * (1 - eps)
         square = each * lse_square_scale if lse_square_scale else None
         names = ["lse", "target"] if ids is not None else ["lse", "teacher"]

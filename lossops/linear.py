@@ -258,7 +258,7 @@ def linear_loss(
     check_devices(input, target=target)
     ids = None if target is None else class_ids(target, lead, v, ignore_index)
     row_weights = row_weight(sample_weight, lead, head.x)
-    u, divisor = row_factors(ids, row_weights, class_weight(weight, v, head.x), head)
+    u, divisor = row_factors(ids, row_weights, class_weight(weight, v, head.x), head.x)
     extra = _flat_rows(row_inputs or {}, lead, head.x)
     listed = collected(names, target)
     a = class_vector_checked(class_vector, v, head.x)
@@ -334,7 +334,7 @@ def _flat_rows(
 
 
 def row_factors(
-    ids: Tensor | None, row_weights: Tensor | None, weight: Tensor | None, head: HeadInputs
+    ids: Tensor | None, row_weights: Tensor | None, weight: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """u_n = sample_weight · weight[y] (None for 1), and its sum over counted rows, inf where 0."""
     u = row_weights
@@ -342,13 +342,13 @@ def row_factors(
         at = weight[ids[:, 0].clamp(0, weight.shape[0] - 1)]
         u = at if u is None else u * at
     if ids is not None:
-        counted = (ids[:, 0] >= 0).to(accumulate_dtype(head.x.dtype))
+        counted = (ids[:, 0] >= 0).to(accumulate_dtype(x.dtype))
         total = (counted if u is None else torch.where(ids[:, 0] >= 0, u, 0.0)).sum()
     elif u is not None:
         total = u.sum()
     else:
-        total = torch.full((), float(head.x.shape[0]), dtype=accumulate_dtype(head.x.dtype),
-                           device=head.x.device)  # fmt: skip
+        total = torch.full((), float(x.shape[0]), dtype=accumulate_dtype(x.dtype),
+                           device=x.device)  # fmt: skip
     return u, torch.where(total == 0, torch.inf, total)  # nothing to average: loss and gradients 0
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lossops import backends
+from lossops import backends, gram
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
@@ -46,6 +46,14 @@ library.define(
 library.define(f"logits_statistics({LOGITS}, str backend) -> Tensor[]")
 library.define(
     f"logits_gradient({LOGITS}, Tensor[] statistics, Tensor?[] coefficients, str backend) -> Tensor"
+)
+library.define(
+    "gram_statistics(Tensor x, Tensor w, Tensor? b, Tensor target)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "gram_gradient(Tensor x, Tensor w, Tensor? b, Tensor target, Tensor mean, Tensor gram, "
+    "Tensor[] given, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 HeadArguments = tuple[
@@ -255,6 +263,44 @@ def _fake_logits_gradient(logits: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _gram_statistics(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> tuple[Tensor, ...]:
+    check_target(target, w.shape[0])
+    found, moments = gram.statistics(x, w, b, target)
+    return (*found, *moments)
+
+
+def _gram_gradient(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    mean: Tensor,
+    matrix: Tensor,
+    given: list[Tensor],
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    moments, gradients = gram.ClassMoments(mean, matrix), gram.Statistics(*given)
+    want_x, want_w, want_b = needs
+    found = gram.gradient(x, w, b, target, moments, gradients, (want_x, want_w, want_b))
+    return tuple(flatten_none(found, x))
+
+
+def _fake_gram_statistics(
+    x: Tensor, w: Tensor, b: Tensor | None, target: Tensor
+) -> tuple[Tensor, ...]:
+    wide, n, e = gram.wide_dtype(x.device), x.shape[0], x.shape[1] + (b is not None)
+    shapes = (tuple(target.shape), (n,), (n,), (e,), (e, e))
+    return tuple(x.new_empty(shape, dtype=wide) for shape in shapes)
+
+
+def _fake_gram_gradient(
+    x: Tensor, w: Tensor, b: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    needs: list[bool] = rest[-1]  # type: ignore[assignment]
+    found = [t if need else None for t, need in zip((x, w, b), needs, strict=True)]
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in found)
+
+
 def _in_full_precision(implementation: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(implementation)
     def run(x: Tensor, *arguments: object) -> object:
@@ -270,6 +316,8 @@ for _name, _implementation, _fake in (
     ("linear_cross_entropy", _linear_cross_entropy, _fake_linear_cross_entropy),
     ("logits_statistics", _logits_statistics, _fake_logits_statistics),
     ("logits_gradient", _logits_gradient, _fake_logits_gradient),
+    ("gram_statistics", _gram_statistics, _fake_gram_statistics),
+    ("gram_gradient", _gram_gradient, _fake_gram_gradient),
 ):
     library.impl(_name, _in_full_precision(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossops::{_name}", _fake, lib=library)

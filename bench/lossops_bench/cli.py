@@ -1,4 +1,4 @@
-"""The command line: `lossops-bench list | run | demo`."""
+"""The command line: `lossops-bench list | run | heads | demo | race`."""
 
 import os
 import sys
@@ -41,8 +41,10 @@ class Mode(str, Enum):
 
 
 def build_app() -> typer.Typer:
-    """The commands, with the demo's."""
+    """The commands, with those of the demo, the heads and the race."""
     from lossops_bench.demo import demo_command
+    from lossops_bench.heads import heads_command
+    from lossops_bench.race import race_command
 
     app = typer.Typer(
         help="Benchmarks of lossops beside PyTorch: time in GEMM-equivalents, memory, error.",
@@ -52,7 +54,9 @@ def build_app() -> typer.Typer:
     )
     app.command("list")(list_command)
     app.command("run")(run_command)
+    app.command("heads")(heads_command)
     app.command("demo")(demo_command)
+    app.command("race")(race_command)
     return app
 
 

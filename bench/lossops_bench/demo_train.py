@@ -118,14 +118,19 @@ class Step:
     extra_bytes: int  # peak memory so far beyond what was resident before the first step
 
 
+def windows(stream: Tensor, count: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches (count, length) of random windows of ``stream``."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(length)
+    while True:
+        starts = torch.randint(len(stream) - length + 1, (count, 1), generator=generator)
+        yield stream[starts + offsets].long()
+
+
 def batches(stream: Tensor, options: TrainOptions) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless random windows of ``stream``: tokens (B, T) and the token after each, (N,)."""
-    generator = torch.Generator().manual_seed(options.seed)
-    window = torch.arange(options.context + 1)
-    size = (options.batch_tokens // options.context, 1)
-    while True:
-        starts = torch.randint(len(stream) - options.context, size, generator=generator)
-        text = stream[starts + window].long()  # (B, T + 1)
+    count = options.batch_tokens // options.context
+    for text in windows(stream, count, options.context + 1, options.seed):  # (B, T + 1)
         yield text[:, :-1], text[:, 1:].flatten()
 
 

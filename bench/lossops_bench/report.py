@@ -14,6 +14,7 @@ __all__ = [
     "bytes_text",
     "case_table",
     "footnotes",
+    "plain_table",
     "problem_title",
     "results_table",
     "shapes_table",
@@ -26,7 +27,7 @@ def results_table(rows: Sequence[Row]) -> Table:
     unit = rows[0]["unit"].partition(":")[0]
     speed = ("time", "±", "rows/s", "GB/s", "TFLOP/s", f"× {unit}", "extra")
     notes = any(row["note"] for row in rows)
-    table = _table(problem_title(rows[0]))
+    table = plain_table(problem_title(rows[0]))
     table.add_column("rival", no_wrap=True)
     for heading in (*speed, *(f"{name} err" for name in errors)):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -67,7 +68,7 @@ def problem_title(row: Row) -> str:
 
 def case_table(case: Case, problem: Problem) -> Table:
     """A case's rivals, with what each has against running a problem."""
-    table = _table(f"{case.name}: {case.summary}")
+    table = plain_table(f"{case.name}: {case.summary}")
     for heading in ("rival", "what it is", "why it cannot run here"):
         table.add_column(heading)
     for rival in case.rivals:
@@ -77,7 +78,7 @@ def case_table(case: Case, problem: Problem) -> Table:
 
 
 def shapes_table(shapes: Iterable[Shape]) -> Table:
-    table = _table("Shapes by name; NAME:N takes another N")
+    table = plain_table("Shapes by name; NAME:N takes another N")
     table.add_column("name")
     for heading in ("N", "D", "V"):
         table.add_column(heading, justify="right")
@@ -98,7 +99,7 @@ def _style(row: Row) -> str:
     return "bold green" if ours else _STYLES[row["status"]]
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     return Table(title=title, title_style="bold", title_justify="left", **look)  # type: ignore[arg-type]
 

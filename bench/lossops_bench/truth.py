@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lossops_bench.case import Tensors, Truth
 
-__all__ = ["FLOOR", "SLACK", "errors", "linear_truth", "logits_truth", "verdict"]
+__all__ = [
+    "FLOOR",
+    "SLACK",
+    "errors",
+    "linear_truth",
+    "logits_truth",
+    "some",
+    "some_classes",
+    "verdict",
+]
 
 SLACK = 4.0
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -48,7 +57,7 @@ def _relative(ours: Tensor, true: Tensor) -> float:
 
 def linear_truth(x: Tensor, w: Tensor, y: Tensor, slab: int = 2048) -> Truth:
     """Mean cross-entropy of the logits x wᵀ, by slabs of classes so that (N, V) never exists."""
-    rows, classes = _some(len(x), 128, x.device), _some_classes(y, len(w), 512)
+    rows, classes = some(len(x), 128, x.device), some_classes(y, len(w), 512)
     x64 = x.detach().double()  # (N, D)
     w = w.detach()
     lse = x64.new_full((len(x),), -math.inf)
@@ -78,20 +87,20 @@ def logits_truth(z: Tensor, y: Tensor, chunk: int = 256) -> Truth:
     losses = [
         torch.nn.functional.cross_entropy(z_r.double(), y_r, reduction="sum") for z_r, y_r in parts
     ]
-    rows = _some(len(z), 128, z.device)
+    rows = some(len(z), 128, z.device)
     dz = z[rows].double().softmax(dim=1)  # (rows, V)
     dz[torch.arange(len(rows), device=z.device), y[rows]] -= 1
     return Truth(torch.stack(losses).sum() / len(z), {"dz": (rows, dz / len(z))})
 
 
-def _some(total: int, count: int, device: torch.device) -> Tensor:
+def some(total: int, count: int, device: torch.device) -> Tensor:
     """Up to `count` of `total` ids, sorted, always the same ones."""
     ids = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
     return ids.sort().values.to(device)
 
 
-def _some_classes(y: Tensor, classes: int, count: int) -> Tensor:
+def some_classes(y: Tensor, classes: int, count: int) -> Tensor:
     """Up to `count` classes that are targets, and as many of all classes."""
     seen = y.unique()
-    picked = seen[_some(len(seen), count, y.device)]
-    return torch.cat([picked, _some(classes, count, y.device)]).unique()
+    picked = seen[some(len(seen), count, y.device)]
+    return torch.cat([picked, some(classes, count, y.device)]).unique()

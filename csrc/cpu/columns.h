@@ -9,7 +9,6 @@
 
 #include <algorithm>
 
-#include "cpu/pages.h"
 #include "cpu/products.h"
 #include "cpu/targets.h"
 
@@ -59,7 +58,6 @@ class ClassGradient {
     if (dw || db) targets_ = target_entries(chain);
     const auto dtype = c10::CppTypeToScalarType<S>::value;
     direct_ = dw && dw->scalar_type() == dtype && (dw->stride(1) == 1 || dw->size(1) == 1);
-    if (dw && !accumulate) prefer_huge_pages(*dw);
     if (dw && !direct_) {
       dw_scratch_ = at::empty({std::min(tile, dw->size(0)), dw->size(1)}, x.options().dtype(dtype));
     }

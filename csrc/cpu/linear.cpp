@@ -19,7 +19,6 @@
 #include <ATen/ops/empty.h>
 
 #include "cpu/columns.h"
-#include "cpu/pages.h"
 #include "cpu/primitives.h"
 #include "cpu/products.h"
 #include "cpu/statistics.h"
@@ -60,10 +59,7 @@ std::optional<double> factor(const MaybeTensor& scale) {
 template <typename S>
 Tensor logits_scratch(const Task<S>& task, int64_t block, int64_t tile, const Tensor& like) {
   const int64_t stride = (std::min(task.classes, tile) + 31) / 16 * 16;
-  const Tensor scratch =
-      at::empty({std::min(task.rows, block), stride}, like.options().dtype(kDtype<S>));
-  prefer_huge_pages(scratch);
-  return scratch;
+  return at::empty({std::min(task.rows, block), stride}, like.options().dtype(kDtype<S>));
 }
 
 // pass(row, z, scratch) for each row of the tile z (rows, n); scratch (n,) is the thread's.
@@ -176,7 +172,6 @@ template <typename S>
 Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor& buffer,
                             int64_t tile) {
   check_buffer(buffer, head.x, head.w, kDtype<S>);
-  prefer_huge_pages(buffer);
   const Task<S> task = task_of<S>(head);
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
@@ -226,7 +221,6 @@ class DenseRows {
     if (!dx) return;
     const bool dense = dx->stride(1) == 1 || dx->size(1) == 1;
     rows_ = dense ? *dx : at::empty(dx->sizes(), dx->options());
-    prefer_huge_pages(rows_);
   }
   explicit operator bool() const { return dx_.has_value(); }
   Tensor& rows() { return rows_; }

@@ -85,7 +85,8 @@ inline bool contains(const Names& names, const char* name) {
   return false;
 }
 
-// A grain for at::parallel_for over rows that each cost `width` elements.
-inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 16384 / (width + 1)); }
+// A grain for at::parallel_for over rows that each cost `width` elements: some 50 us. On a busy
+// machine a thread that waits for another can lose a time slice, thousands of these.
+inline int64_t row_grain(int64_t width) { return std::max<int64_t>(1, 131072 / (width + 1)); }
 
 }  // namespace lossops

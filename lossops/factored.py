@@ -1,0 +1,606 @@
+"""A linear head trained by exact SGD with a spherical loss in O(D²) per example, whatever V is.
+
+    W = T U + 1 ωᵀ,   T (V, D) changes in the rows of the targets only; a step is `lossops.factors`
+
+U drifts from the identity, and rows of T with it: where a singular value of U leaves its range, U
+is set aside and a new one starts at I. A row of T stays in the coordinates of the *epoch* it was
+last written in, and the product of the U's since brings it up to date when it is next touched:
+
+    s_j = t_j A_e + τ_e,   e the epoch of row j;   A_e ← A_e U, τ_e ← τ_e U + ω when an epoch ends
+
+so that an epoch's end costs E³ per epoch kept, and V E² only when the epochs are full.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lossops.autograd import apply
+from lossops.factors import (
+    Factors,
+    Gradient,
+    extremes,
+    fresh_factors,
+    joined,
+    refined,
+    row_statistics,
+    squared_norm,
+    step_,
+)
+from lossops.gram import Statistics, class_moments, rows_of, wide_dtype
+from lossops.inputs import HeadInputs, check_devices, check_reduction, check_tensor
+from lossops.ops import check_target
+from lossops.schedules import without_autocast
+from lossops.spherical import (
+    SphericalLoss,
+    log_spherical_losses,
+    log_taylor_losses,
+    mse_losses,
+    reduced_losses,
+    spherical_row_losses,
+    target_ids,
+    z_losses,
+)
+
+WATCH_STEPS = 8
+"""Steps between two looks at the singular values of U."""
+REFINE_STEPS = 64
+"""Steps between two Newton steps of its inverse."""
+RANGE, MOMENTUM_RANGE = 2.0, 32.0
+"""Largest singular value of U or U⁻¹ of an epoch; momentum shrinks half of U by μ in every step."""
+LOST = 1e3
+"""Where a singular value means that digits were lost before the watch saw it."""
+BLOCK = 8192
+"""Classes at a time where all are visited."""
+GATHERED = 64
+"""Rows brought up to date at a time where a device takes a matrix for each."""
+SMALL = ("factor", "inverse", "offset", "mean", "gram")
+
+
+class TopK(NamedTuple):
+    """The largest logits of each row, falling, and their classes."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class Drift(NamedTuple):
+    """How far the small matrices are from what the table says, relative."""
+
+    mean: float
+    gram: float
+    inverse: float
+    smallest: float
+    largest: float
+
+
+class FactoredSphericalHead(nn.Module):
+    """Linear head and spherical loss with exact SGD in O(D²) per example, whatever V is.
+
+    loss = mean_n Σ_k F(z_n,y_nk, Σ_j z_nj, Σ_j z_nj², V),   z = x wᵀ + b
+
+    The weight is no Parameter: `step` is its SGD, of torch's `torch.optim.SGD` in exact
+    arithmetic, on the gradients that `backward` left. Several backwards before a step add up.
+
+    Args:
+        dim: D.
+        num_classes: V.
+        loss: ``"z"``, ``"taylor"``, ``"spherical"``, ``"mse"`` or a callable as in
+            `lossops.linear_spherical_loss`. Default: ``'z'``.
+        a: of the Z-loss, as in `lossops.linear_spherical_z_loss`. Default: ``0.1``.
+        b: of the Z-loss. Default: ``10.0``.
+        bias: whether there is a bias (V,), trained by the same SGD. Default: ``False``.
+        momentum: of SGD; it doubles the table and takes four times the operations.
+            Default: ``0.0``.
+        weight_decay: of SGD. Default: ``0.0``.
+        stabilize: whether to watch the conditioning of U. Default: ``True``.
+        class_group: process group over whose ranks the classes are spread in order; every rank
+            gets the same input and target. Default: ``None``.
+        device: of the weight. Default: ``None``.
+        dtype: of the weight, float32 or float64. Default: ``None``.
+
+    Note:
+        Memory: V·D in the table and, for V classes, √(2 V / D) matrices of D² at most.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.FactoredSphericalHead(8, 1000)
+        >>> x = torch.randn(32, 8, requires_grad=True)
+        >>> loss = head(x, torch.randint(1000, (32,)))
+        >>> loss.backward()
+        >>> head.step(lr=0.1)
+        >>> head.topk(x, 5).indices.shape
+        torch.Size([32, 5])
+
+    Reference:
+        P. Vincent, A. de Brébisson, X. Bouthillier: Efficient exact gradient update for training
+        deep networks with very large sparse targets, arXiv 1412.7091.
+    """
+
+    table: Tensor
+    epoch: Tensor
+    transforms: Tensor
+    shifts: Tensor
+    watched: Tensor
+    factor: Tensor
+    inverse: Tensor
+    offset: Tensor
+    mean: Tensor
+    gram: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        loss: str | SphericalLoss = "z",
+        a: float = 0.1,
+        b: float = 10.0,
+        bias: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        stabilize: bool = True,
+        class_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_classes < 1:
+            raise ValueError(f"dim and num_classes must be positive, got {dim} and {num_classes}")
+        if not 0 <= momentum < 1 or weight_decay < 0:
+            raise ValueError(
+                "momentum must be in [0, 1) and weight_decay at least 0, "
+                f"got {momentum} and {weight_decay}"
+            )
+        self.dim, self.num_classes, self.bias = dim, num_classes, bias
+        self.momentum, self.weight_decay, self.stabilize = momentum, weight_decay, stabilize
+        self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "callable")
+        self.loss_fn = _loss_function(loss, a, b)
+        self.class_group = class_group
+        self.first_class, count = _shard(num_classes, class_group)
+        self.width = dim + bias  # of w̃
+        e = self.width * (2 if momentum else 1)
+        kept = min(256, max(4, math.isqrt(2 * num_classes // e)))
+        like = torch.empty(0, device=device, dtype=dtype)
+        if like.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {like.dtype}")
+        # One row more than classes, for targets that are padding or live on another rank.
+        self.register_buffer("table", like.new_zeros(count + 1, e))
+        self.register_buffer("epoch", torch.zeros(count + 1, dtype=torch.int16, device=device))
+        self.register_buffer("transforms", like.new_zeros(kept, e, e))
+        self.register_buffer("shifts", like.new_zeros(kept, e))
+        self.register_buffer("watched", like.new_ones(2, e))
+        self.live = 0  # transforms in use
+        self.steps, self.epochs = 0, 0  # taken, ended
+        self._pending: list[Gradient] = []
+        self._version = 0
+        self._flag: tuple[Tensor, Any] | None = None
+        for name in SMALL:
+            self.register_buffer(name, None)
+        self.reset_parameters()
+
+    # State
+
+    def reset_parameters(self) -> None:
+        """Weight and bias uniform in ±1/√D, as `torch.nn.Linear`; no velocity."""
+        self.table.zero_()
+        bound = 1 / math.sqrt(self.dim)
+        nn.init.uniform_(self.table[:-1, : self.width], -bound, bound)
+        self._restart()
+
+    def load_dense(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take a weight (V, D) and bias (V,), of this rank's classes; no velocity."""
+        shape = (len(self.table) - 1, self.dim)
+        if weight.shape != shape or (bias is not None) != self.bias:
+            raise ValueError(
+                f"weight must have shape {shape}, with a bias only if the head has one "
+                f"(bias={self.bias}), got {tuple(weight.shape)} and "
+                f"{'a' if bias is not None else 'no'} bias"
+            )
+        self.table.zero_()
+        self.table[:-1, : self.dim] = weight.detach()
+        if bias is not None:
+            self.table[:-1, self.dim] = bias.detach()
+        self._restart()
+
+    def _restart(self) -> None:
+        """The table is the state itself: U = I, and exact moments."""
+        self.table[-1].zero_()
+        self.epoch.zero_()
+        self.live = 0
+        self._pending.clear()
+        self._version += 1
+        moments = class_moments(self.table[:-1], None, wide_dtype(self.table.device))
+        mean, gram = moments
+        if self.class_group is not None:
+            mean, gram = self._reduced_moments(mean, gram)
+        self._keep(fresh_factors(mean, gram, self.table.dtype))
+
+    def _reduced_moments(self, mean: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of all classes from those of each rank's."""
+        count = len(self.table) - 1
+        total = self._all_reduce(mean * count) / self.num_classes
+        away = mean - total
+        return total, self._all_reduce(gram + count * torch.outer(away, away))
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        if self.class_group is not None:
+            dist.all_reduce(tensor, group=self.class_group)
+        return tensor
+
+    @property
+    def factors(self) -> Factors:
+        """U, P, ω, m and G of `lossops.factors`."""
+        return Factors(*(getattr(self, name) for name in SMALL))
+
+    def _keep(self, factors: Factors) -> None:
+        for name, tensor in zip(SMALL, factors, strict=True):
+            setattr(self, name, tensor)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Transforms in use, steps taken and epochs ended."""
+        return {"live": self.live, "steps": self.steps, "epochs": self.epochs}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """What `get_extra_state` returned."""
+        self.live, self.steps, self.epochs = state["live"], state["steps"], state["epochs"]
+        self._pending.clear()
+        self._version += 1
+        self._flag = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves as any module, but mean and Gram matrix stay in float64."""
+        wide = {name: getattr(self, name) for name in ("mean", "gram")}
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in wide.items():
+            setattr(self, name, tensor.to(self.table.device))
+        return moved
+
+    def linear_state_dict(self) -> dict[str, Tensor]:
+        """Weight, and bias if there is one, as `torch.nn.Linear.load_state_dict` takes them."""
+        state = self._dense_state()
+        found = {"weight": state[:, : self.dim].clone()}
+        return found | ({"bias": state[:, self.dim].clone()} if self.bias else {})
+
+    def dense(self, out: Tensor | None = None) -> Tensor:
+        """The weight (V, D), of this rank's classes; written to ``out`` where given."""
+        count = len(self.table) - 1
+        out = self.table.new_empty(count, self.dim) if out is None else out
+        for start in range(0, count, BLOCK):
+            block = slice(start, min(start + BLOCK, count))
+            out[block] = self._state_rows(block)[:, : self.dim]
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows (..., D) of the weight for class ids (...), without gradient."""
+        check_target(ids, self.num_classes)
+        base = self._base(self._local(ids.reshape(-1)))
+        state = base @ self.factor + self.offset
+        return state[:, : self.dim].reshape(*ids.shape, self.dim)
+
+    def _dense_state(self) -> Tensor:
+        """S of this rank's classes, (V, E)."""
+        count = len(self.table) - 1
+        parts = [
+            self._state_rows(slice(start, min(start + BLOCK, count)))
+            for start in range(0, count, BLOCK)
+        ]
+        return torch.cat(parts)
+
+    def _state_rows(self, block: slice) -> Tensor:
+        """S of a range of this rank's classes, (B, E)."""
+        return torch.addmm(self.offset, self._current(block), self.factor)
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Rows of the table for class ids; its last row where there is none on this rank."""
+        last = len(self.table) - 1
+        local = ids - self.first_class
+        return torch.where((ids < 0) | (local < 0) | (local >= last), last, local)
+
+    def _base(self, local: Tensor) -> Tensor:
+        """Table rows in the coordinates of the current epoch, of all ranks, (N, E)."""
+        found = self._current(local)
+        if self.class_group is None:
+            return found
+        found = found.masked_fill((local == len(self.table) - 1).unsqueeze(1), 0.0)
+        return self._all_reduce(found)
+
+    def _current(self, rows: slice | Tensor) -> Tensor:
+        """Table rows in the coordinates of the current epoch, (N, E)."""
+        found, epochs = self.table[rows], self.epoch[rows]
+        if not self.live:
+            return found
+        if isinstance(rows, slice):
+            found = found.clone()
+        if self.table.device.type == "cpu":  # few epochs among many rows
+            for e in epochs.unique().tolist():
+                if e < self.live:
+                    stale = (epochs == e).nonzero().squeeze(1)
+                    found[stale] = torch.addmm(self.shifts[e], found[stale], self.transforms[e])
+            return found
+        return self._current_without_sync(found, epochs)
+
+    def _current_without_sync(self, found: Tensor, epochs: Tensor) -> Tensor:
+        """A matrix gathered for every row, whatever its epoch: nothing is read back."""
+        parts = []
+        for part, numbers in zip(found.split(GATHERED), epochs.split(GATHERED), strict=True):
+            at = numbers.long().clamp_max(self.live - 1)
+            moved = torch.baddbmm(
+                self.shifts[at].unsqueeze(1), part.unsqueeze(1), self.transforms[at]
+            ).squeeze(1)
+            parts.append(torch.where((numbers < self.live).unsqueeze(1), moved, part))
+        return torch.cat(parts)
+
+    # Training
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+    ) -> Tensor:
+        """Loss of ``input`` (..., D) and ``target`` (...) or (..., K), as the functions'."""
+        check_reduction(reduction)
+        check_tensor("input", input)
+        if not input.is_floating_point() or input.ndim < 1 or input.shape[-1] != self.dim:
+            raise ValueError(
+                f"input must be floating point of shape (..., {self.dim}), "
+                f"got {input.dtype} of shape {tuple(input.shape)}"
+            )
+        check_devices(input, target=target, head=self.table)
+        lead = input.shape[:-1]
+        x = input.reshape(-1, self.dim).to(self.table.dtype)
+        shape_only = self.table.new_empty(self.num_classes, 0)
+        ids = target_ids(target, HeadInputs(x, shape_only, None, None, 0.0, lead), ignore_index)
+        check_target(ids, self.num_classes)
+        with without_autocast(x.device):
+            # Features may be frozen: the weight, which autograd does not see, wants its gradient.
+            anchor = torch.empty(0, requires_grad=True)
+            own, average, moment = apply(_HeadStatistics, x, anchor, self, ids)
+            losses = spherical_row_losses(self.loss_fn, own, average, moment, ids, self.num_classes)
+        losses = losses.to(x.dtype)
+        return reduced_losses(losses, ids, sample_weight, reduction, lead, x)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step of SGD on the gradients since the last; nothing where there are none."""
+        if not self._pending:
+            return
+        gradient = joined(self._pending)
+        self._pending.clear()
+        self._version += 1
+        with without_autocast(self.table.device):
+            added = step_(
+                self.factors, gradient, self.num_classes, lr, self.momentum, self.weight_decay
+            )
+            local = self._local(gradient.ids.flatten())
+            e = self.table.shape[1]
+            self.table.index_copy_(0, local, gradient.base.reshape(-1, e))
+            self.epoch[local] = self.live
+            self.table.index_put_((local,), added.reshape(-1, e), accumulate=True)
+            self.steps += 1
+            if self.stabilize:
+                self._watch()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients since the last step."""
+        self._pending.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Frobenius norm of the gradient of weight and bias, ()."""
+        if not self._pending:
+            return self.mean.new_zeros(())
+        self._pending = [joined(self._pending)]
+        return squared_norm(self._pending[0], self.num_classes).clamp_min(0).sqrt()
+
+    @torch.no_grad()
+    def scale_grad(self, factor: float | Tensor) -> None:
+        """Multiply the gradients since the last step."""
+        scale = torch.as_tensor(factor, dtype=self.mean.dtype, device=self.mean.device)
+        self._pending = [g.scaled(scale) for g in self._pending]
+
+    # Conditioning
+
+    def _watch(self) -> None:
+        """End the epoch where a singular value of U has left its range."""
+        if self.steps % REFINE_STEPS == 0:
+            self._keep(refined(self.factors))
+        if self.steps % WATCH_STEPS == 0:
+            values, self.watched = extremes(self.factors, self.watched)
+            self._flag = _sent(values)
+        if self._flag is None or not self._flag[1].query():
+            return
+        worst = float(self._flag[0].max())
+        self._flag = None
+        if not worst < LOST:
+            warnings.warn(
+                f"the factor of the head reached a condition of {worst:.1e} within "
+                f"{WATCH_STEPS} steps, and digits of the weight are lost; lower the learning rate",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if not worst < (MOMENTUM_RANGE if self.momentum else RANGE):
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Start again at U = I; rows are brought up to date when they are next touched."""
+        self.epochs += 1
+        if self.live == len(self.transforms):
+            return self.refactor()
+        u, offset = self.factor, self.offset
+        for e in range(self.live):
+            self.transforms[e] = self.transforms[e] @ u
+            self.shifts[e] = self.shifts[e] @ u + offset
+        self.transforms[self.live], self.shifts[self.live] = u, offset
+        self.live += 1
+        self._keep(fresh_factors(self.mean, self.gram, self.table.dtype))
+        return None
+
+    @torch.no_grad()
+    def refactor(self) -> None:
+        """Make the table the state itself, U = I, and the moments exact again; O(V E²)."""
+        for start in range(0, len(self.table) - 1, BLOCK):
+            block = slice(start, min(start + BLOCK, len(self.table) - 1))
+            self.table[block] = self._state_rows(block)
+        self._restart()
+
+    @torch.no_grad()
+    def check(self) -> Drift:
+        """How far mean, Gram matrix and inverse have drifted from the table; O(V E²)."""
+        state = self._dense_state()
+        mean, gram = class_moments(state, None, wide_dtype(state.device))
+        if self.class_group is not None:
+            mean, gram = self._reduced_moments(mean, gram)
+        spread = torch.linalg.matrix_norm(gram)
+        values = torch.linalg.svdvals(self.factor.double())
+        off = self.factor.double() @ self.inverse.double().T
+        off.diagonal().sub_(1.0)
+        away = torch.linalg.vector_norm(self.mean - mean) * self.num_classes**0.5
+        return Drift(
+            mean=float(away / spread.sqrt()),
+            gram=float(torch.linalg.matrix_norm(self.gram - gram) / spread),
+            inverse=float(torch.linalg.matrix_norm(off)) / len(off) ** 0.5,
+            smallest=float(values[-1]),
+            largest=float(values[0]),
+        )
+
+    # Prediction
+
+    @torch.no_grad()
+    def topk(self, input: Tensor, k: int) -> TopK:
+        """The ``k`` classes of the largest logits, (..., k), over all ranks; O(V D) per row."""
+        last = len(self.table) - 1
+        x = rows_of(input.reshape(-1, self.dim), self.offset if self.bias else None,
+                    self.table.dtype)  # fmt: skip
+        best = TopK(x.new_empty(len(x), 0), self.epoch.new_empty(len(x), 0, dtype=torch.int64))
+        across = x @ self.factor[:, : self.width].T  # (N, E): logits are t_j of this
+        level = x @ self.offset[: self.width]
+        for start in range(0, last, BLOCK):
+            block = slice(start, min(start + BLOCK, last))
+            z = torch.addmm(level.unsqueeze(1), across, self._current(block).T)
+            ids = torch.arange(block.start, block.stop, device=x.device) + self.first_class
+            best = _best(k, (best.values, z), (best.indices, ids.expand(len(x), -1)))
+        if self.class_group is not None:
+            best = _best_of_ranks(best, k, self.class_group)
+        lead = (*input.shape[:-1], -1)
+        return TopK(best.values.reshape(lead), best.indices.reshape(lead))
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"dim={self.dim}, num_classes={self.num_classes}, loss={self.loss_name!r}, "
+            f"bias={self.bias}, momentum={self.momentum}, weight_decay={self.weight_decay}"
+        )
+
+
+class _HeadStatistics(torch.autograd.Function):
+    """Statistics of rows x; backward leaves the weight's gradient with the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, head: FactoredSphericalHead, ids: Tensor
+    ) -> tuple[Any, ...]:
+        rows = rows_of(x, x[:0] if head.bias else None, x.dtype)
+        base = head._base(head._local(ids.flatten())).reshape(*ids.shape, head.table.shape[1])
+        found, own, product = row_statistics(head.factors, rows, base, ids >= 0)
+        ctx.head, ctx.version = head, head._version
+        ctx.save_for_backward(rows, ids, base, own, product, found.average)
+        return tuple(found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, ids, base, own, product, average = ctx.saved_tensors
+        head: FactoredSphericalHead = ctx.head
+        if ctx.version != head._version:
+            raise RuntimeError(
+                "the head took a step, or was loaded, between this forward and its backward; "
+                "call backward() before step()"
+            )
+        given = Statistics(*grads)
+        target = torch.where(ids >= 0, given.target, 0.0)
+        pulled = (own * target.unsqueeze(2)).sum(1)  # (N, E)
+        centred = torch.addcmul(pulled, product, 2 * given.moment.unsqueeze(1))
+        scalars = (target, given.average, given.moment, average)
+        matrices = (pulled.to(rows.dtype), centred.to(rows.dtype))
+        head._pending.append(Gradient(rows, ids, base, *scalars, *matrices))
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 4
+        dx = centred[:, : head.dim] + given.average.unsqueeze(1) * head.mean[: head.dim]
+        return dx.to(rows.dtype), None, None, None
+
+
+def _loss_function(loss: str | SphericalLoss, a: float, b: float) -> SphericalLoss:
+    named: dict[str, SphericalLoss] = {
+        "z": partial(z_losses, a=a, b=b),
+        "taylor": log_taylor_losses,
+        "spherical": log_spherical_losses,
+        "mse": mse_losses,
+    }
+    if callable(loss):
+        return loss
+    if loss not in named:
+        raise ValueError(f"loss must be callable or one of {', '.join(named)}, got {loss!r}")
+    return named[loss]
+
+
+def _shard(num_classes: int, group: Any) -> tuple[int, int]:
+    """First class and number of classes of this rank; the first ranks take the remainder."""
+    if group is None:
+        return 0, num_classes
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    share, rest = divmod(num_classes, size)
+    if not share:
+        raise ValueError(f"class_group has {size} ranks for {num_classes} classes; use fewer")
+    return rank * share + min(rank, rest), share + (rank < rest)
+
+
+def _best(k: int, values: tuple[Tensor, ...], ids: tuple[Tensor, ...]) -> TopK:
+    """The k largest of several candidates per row."""
+    z, names = torch.cat(values, 1), torch.cat(ids, 1)
+    found, at = z.topk(min(k, z.shape[1]), 1)
+    return TopK(found, names.gather(1, at))
+
+
+def _best_of_ranks(best: TopK, k: int, group: Any) -> TopK:
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, tuple(best), group=group)
+    values, ids = zip(*gathered, strict=True)
+    return _best(k, values, ids)
+
+
+class _Ready:
+    """A value that is there already."""
+
+    @staticmethod
+    def query() -> bool:
+        return True
+
+
+def _sent(values: Tensor) -> tuple[Tensor, Any]:
+    """Values on their way to the host, and what says whether they have arrived."""
+    if values.device.type == "cpu":
+        return values, _Ready
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda")
+    host.copy_(values, non_blocking=True)
+    event = torch.Event(values.device)
+    event.record()
+    return host, event

@@ -1,0 +1,98 @@
+"""Optimizers for heads whose weight is no ordinary Parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossops.factored import FactoredSphericalHead
+
+__all__ = ["FactoredSGD", "clip_grad_norm_"]
+
+
+class FactoredSGD(torch.optim.Optimizer):
+    """SGD of a `lossops.FactoredSphericalHead`, for learning-rate schedulers and training loops.
+
+    Momentum and weight decay are the head's own.
+
+    Args:
+        head: the head.
+        lr: learning rate.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.FactoredSphericalHead(8, 1000)
+        >>> optimizer = lossops.optim.FactoredSGD(head, lr=0.1)
+        >>> schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10)
+        >>> head(torch.randn(32, 8), torch.randint(1000, (32,))).backward()
+        >>> optimizer.step()
+        >>> schedule.step()
+    """
+
+    def __init__(self, head: FactoredSphericalHead, lr: float) -> None:
+        if not isinstance(head, FactoredSphericalHead):
+            raise TypeError(f"head must be a FactoredSphericalHead, got {type(head).__name__}")
+        if lr < 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        self.head = head
+        super().__init__([head.table], {"lr": lr})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the head."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.head.step(float(self.param_groups[0]["lr"]))
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the head's gradients since its last step."""
+        self.head.zero_grad(set_to_none)
+
+
+def clip_grad_norm_(
+    parameters: Iterable[Tensor | FactoredSphericalHead], max_norm: float
+) -> Tensor:
+    """Scale gradients so that their joint norm is at most ``max_norm``; as torch's, heads included.
+
+    norm = √(Σ ‖∂L/∂p‖²),   every gradient times min(1, max_norm / (norm + 1e-6))
+
+    Args:
+        parameters: tensors with a ``grad``, and factored heads, whose norm costs N² E operations.
+        max_norm: the largest norm.
+
+    Returns:
+        The norm before, ().
+
+    Raises:
+        ValueError: a negative ``max_norm``.
+
+    Example:
+        >>> import torch, lossops
+        >>> head = lossops.FactoredSphericalHead(8, 1000)
+        >>> body = torch.nn.Linear(4, 8)
+        >>> head(body(torch.randn(32, 4)), torch.randint(1000, (32,))).backward()
+        >>> norm = lossops.optim.clip_grad_norm_([*body.parameters(), head], max_norm=1e-3)
+        >>> bool(head.grad_norm() <= 1e-3)
+        True
+    """
+    if max_norm < 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    listed = list(parameters)
+    heads = [p for p in listed if isinstance(p, FactoredSphericalHead)]
+    grads = [p.grad for p in listed if isinstance(p, Tensor) and p.grad is not None]
+    norms = [*(torch.linalg.vector_norm(g) for g in grads), *(h.grad_norm() for h in heads)]
+    if not norms:
+        return torch.zeros(())
+    squares = [n.to(norms[0].device, torch.float64).square() for n in norms]
+    norm: Tensor = torch.stack(squares).sum().sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    for g in grads:
+        g.mul_(factor.to(g.device, g.dtype))
+    for h in heads:
+        h.scale_grad(factor)
+    return norm

@@ -1,0 +1,619 @@
+"""The spherical family: losses of a row's target logits, the sum of its logits and that of squares.
+
+    loss_n = F(t, s, q, V),   t = z_ny,   s = Σ_j z_nj,   q = Σ_j z_nj²
+
+No exponential runs over the classes, so s and q come from D×D matrices (`lossops.gram`) at a cost
+without the product N V, and with plain SGD the whole step without V (`lossops.factored`).
+
+With μ = s / V and σ² = q / V - μ²:
+
+    Z              (1/a) log(1 + exp(a (b - (t - μ) / σ)))
+    log-Taylor     log(V + s + q / 2) - log(1 + t + t² / 2)
+    log-spherical  log(q + V ε) - log(t² + ε)
+    squared error  q - 2 t + 1
+
+F runs in float64 on (R,) vectors: σ² and the squares of large logits then lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossops import backends, gram
+from lossops.autograd import LogitsStatistics, apply
+from lossops.inputs import (
+    HeadInputs,
+    check_devices,
+    check_reduction,
+    check_tensor,
+    checked_options,
+    class_ids,
+    head_inputs,
+    row_weight,
+)
+from lossops.linear import head_statistics, linear_loss, reduced, row_factors
+from lossops.reference import accumulate_dtype
+from lossops.schedules import LinearLossOptions, without_autocast
+from lossops.statistics import RowStatistics, canonical, outputs
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _LogitsKeywords(TypedDict, total=False):
+        sample_weight: Tensor | None
+        reduction: str
+        ignore_index: int | None
+        backend: str
+
+    class _HeadKeywords(_LogitsKeywords, total=False):
+        linear_bias: Tensor | None
+        mode: str
+        options: LinearLossOptions | None
+
+
+SphericalLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+MODES = ("auto", "gram", "sweep")
+NAMES = canonical(("target", "sum", "sumsq"))
+
+
+def z_losses(
+    target: Tensor,
+    sum: Tensor,
+    sumsq: Tensor,
+    num_classes: int,
+    *,
+    a: float | Tensor = 0.1,
+    b: float | Tensor = 10.0,
+) -> Tensor:
+    """The Z-loss as a function of row statistics; ``b=None`` is √(2 log V)."""
+    mean = sum / num_classes
+    variance = sumsq / num_classes - mean.square()
+    # Logits that are all equal, up to rounding, have no standard score: it counts as 0, constant.
+    spread = variance > 1e-14 * mean.square()
+    deviation = torch.where(spread, variance, 1.0).sqrt()
+    score = torch.where(spread, (target - mean) / deviation, 0.0)
+    return F.softplus(a * (b - score)) / a
+
+
+def log_taylor_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
+    """-log of the Taylor softmax, whose weights are 1 + z + z²/2."""
+    return (num_classes + sum + sumsq / 2).log() - (1 + target + target.square() / 2).log()
+
+
+def log_spherical_losses(
+    target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int, *, eps: float | Tensor = 0.1
+) -> Tensor:
+    """-log of the spherical softmax, whose weights are z² + ε."""
+    return (sumsq + num_classes * eps).log() - (target.square() + eps).log()
+
+
+def mse_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
+    """Squared distance of the logits to the one-hot vector of the target."""
+    return sumsq - 2 * target + 1
+
+
+def linear_spherical_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    loss_fn: SphericalLoss,
+    *,
+    parameters: Sequence[Tensor] = (),
+    linear_bias: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    mode: str = "auto",
+    options: LinearLossOptions | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Any loss of the target logit, the sum and the sum of squares of the logits.
+
+    loss = Σ_n s_n Σ_k F(z_n,y_nk, Σ_j z_nj, Σ_j z_nj², V) / Σ_n s_n,   s = sample_weight
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), or (..., K) padded with -1, int64. The losses of several targets
+            of a row add up; rows without any are ignored.
+        loss_fn: F, ``loss_fn(target, sum, sumsq, num_classes) -> (R,)`` on float64 vectors (R,).
+        parameters: tensors ``loss_fn`` closes over that want a gradient. Default: ``()``.
+        linear_bias: b, (V,). Default: ``None``.
+        sample_weight: row weights, (...). Default: ``None``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
+        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        mode: ``"gram"`` (D×D matrices, no logits), ``"sweep"`` (tiles of logits), or ``"auto"``:
+            gram where there are at least D rows, which is where it takes fewer operations.
+            Default: ``'auto'``.
+        options: schedule and memory of the sweep. Default: ``None``.
+        backend: of the sweep: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Gram mode takes V D² + N D² multiply-adds forward and twice that backward, and in memory
+        float64 matrices of D², copies of 1,024 rows and, for half precision, 4·V·D bytes for dw.
+
+    Example:
+        >>> import torch, lossops
+        >>> def squared(target, sum, sumsq, num_classes):  # (Σ_j z_j² - 2 z_y + 1) / V
+        ...     return (sumsq - 2 * target + 1) / num_classes
+        >>> x, w = torch.randn(16, 8, requires_grad=True), torch.randn(100, 8)
+        >>> lossops.linear_spherical_loss(x, w, torch.randint(100, (16,)), squared).backward()
+        >>> x.grad.shape
+        torch.Size([16, 8])
+
+    Reference:
+        P. Vincent, A. de Brébisson, X. Bouthillier: Efficient exact gradient update for training
+        deep networks with very large sparse targets, arXiv 1412.7091.
+    """
+    check_reduction(reduction)
+    checked_options(options)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    head = head_inputs(input, linear_weight, linear_bias, None, None)
+    ids = target_ids(target, head, ignore_index)
+    row_losses = partial(spherical_row_losses, loss_fn)
+    n, d = head.x.shape
+    if mode == "gram" or (mode == "auto" and n >= d):
+        own, average, moment, *_ = apply(GramStatistics, head.x, head.w, head.b, ids)
+        losses = row_losses(own, average, moment, ids, head.w.shape[0])
+        losses = losses.to(accumulate_dtype(head.x.dtype))
+        return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
+    if ids.shape[1] == 1:
+
+        def of_statistics(stats: RowStatistics, ids: Tensor) -> Tensor:
+            return _from_statistics(row_losses, stats, ids)
+
+        flat = None if sample_weight is None else row_weight(sample_weight, head.lead, head.x)
+        loss = linear_loss(
+            head.x, head.w, ids[:, 0], of_statistics, names=NAMES, row_inputs={"ids": ids},
+            parameters=parameters, linear_bias=head.b, sample_weight=flat, reduction=reduction,
+            ignore_index=-1, options=options, backend=backend,
+        )  # fmt: skip
+        return loss.reshape(head.lead) if reduction == "none" else loss
+    stats = head_statistics(head, ids, NAMES, None, None, backend)
+    losses = _from_statistics(row_losses, stats, ids)
+    return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
+
+
+def spherical_loss(
+    logits: Tensor,
+    target: Tensor,
+    loss_fn: SphericalLoss,
+    *,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear_spherical_loss` on logits that exist already, classes in the last dim.
+
+    loss = Σ_n s_n Σ_k F(z_n,y_nk, Σ_j z_nj, Σ_j z_nj², V) / Σ_n s_n,   s = sample_weight
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), or (..., K) padded with -1, int64.
+        loss_fn: F, ``loss_fn(target, sum, sumsq, num_classes) -> (R,)`` on float64 vectors (R,).
+        sample_weight: row weights, (...). Default: ``None``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
+        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.spherical_loss(z, torch.tensor([0]), lambda t, s, q, v: q - 2 * t + 1)
+        tensor(17.5000)
+    """
+    check_reduction(reduction)
+    check_tensor("logits", logits)
+    if not logits.is_floating_point() or logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(
+            "logits must be floating point of shape (..., V) with at least one class, "
+            f"got {logits.dtype} of shape {tuple(logits.shape)}"
+        )
+    z = logits.reshape(-1, logits.shape[-1])
+    head = HeadInputs(z, z.new_empty(z.shape[1], 0), None, None, 0.0, logits.shape[:-1])
+    ids = target_ids(target, head, ignore_index)
+    chosen = backends.select(backend, z.device, z.dtype).name
+    found = apply(LogitsStatistics, z, ids, None, None, list(NAMES), chosen)
+    stats = RowStatistics(dict(zip(outputs(NAMES), found, strict=True)), z.shape[1])
+    losses = _from_statistics(partial(spherical_row_losses, loss_fn), stats, ids)
+    return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
+
+
+def linear_spherical_z_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    a: float | Tensor = 0.1,
+    b: float | Tensor = 10.0,
+    **keywords: Unpack[_HeadKeywords],
+) -> Tensor:
+    """Z-loss of a linear head: softplus of the target's standard score among the row's logits.
+
+    loss_n = (1/a) log(1 + exp(a (b - (z_ny - μ_n) / σ_n))),   μ, σ² mean and variance of the row
+
+    Invariant to scale and shift of the logits; its gradient sums to zero over the classes and is
+    orthogonal to the logits. Other keywords are those of `linear_spherical_loss`.
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), or (..., K) padded with -1, int64.
+        a: sharpness, positive; a number or a tensor (), differentiable. Default: ``0.1``.
+        b: the score at which the loss turns flat; a number or a tensor (), differentiable. The
+            largest of V normal scores is about √(2 log V), 5 for a million classes: with 10 and
+            a = 0.1 a target that has overtaken all others is still pulled. Default: ``10.0``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(16, 8, requires_grad=True), torch.randn(100, 8)
+        >>> lossops.linear_spherical_z_loss(x, w, torch.randint(100, (16,))).backward()
+        >>> bool((x.grad * x).sum(1).abs().max() < 1e-5)  # a longer x changes nothing
+        True
+
+    Reference:
+        A. de Brébisson, P. Vincent: The Z-loss, a shift and scale invariant classification loss
+        belonging to the spherical family, arXiv 1604.08859.
+    """
+    loss_fn = partial(z_losses, a=_positive("a", a), b=b)
+    return linear_spherical_loss(
+        input, linear_weight, target, loss_fn, parameters=_learnt(a, b), **keywords
+    )
+
+
+def spherical_z_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    a: float | Tensor = 0.1,
+    b: float | Tensor = 10.0,
+    **keywords: Unpack[_LogitsKeywords],
+) -> Tensor:
+    """`linear_spherical_z_loss` on logits that exist already.
+
+    loss_n = (1/a) log(1 + exp(a (b - (z_ny - μ_n) / σ_n)))
+
+    Other keywords are those of `spherical_loss`.
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), or (..., K) padded with -1, int64.
+        a: sharpness, positive. Default: ``0.1``.
+        b: the score at which the loss turns flat. Default: ``10.0``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.spherical_z_loss(z, torch.tensor([0]), a=1.0, b=0.0)
+        tensor(0.3364)
+    """
+    return spherical_loss(logits, target, partial(z_losses, a=_positive("a", a), b=b), **keywords)
+
+
+def linear_log_taylor_softmax_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **keywords: Unpack[_HeadKeywords]
+) -> Tensor:
+    """Negative log of the Taylor softmax of a linear head.
+
+    loss_n = log Σ_j (1 + z_nj + z_nj²/2) - log(1 + z_ny + z_ny²/2)
+
+    Keywords are those of `linear_spherical_loss`.
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), or (..., K) padded with -1, int64.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(16, 8), torch.randn(100, 8)
+        >>> lossops.linear_log_taylor_softmax_loss(x, w, torch.randint(100, (16,))).shape
+        torch.Size([])
+
+    Reference:
+        A. de Brébisson, P. Vincent: An exploration of softmax alternatives belonging to the
+        spherical loss family, arXiv 1511.05042.
+    """
+    return linear_spherical_loss(input, linear_weight, target, log_taylor_losses, **keywords)
+
+
+def log_taylor_softmax_loss(
+    logits: Tensor, target: Tensor, **keywords: Unpack[_LogitsKeywords]
+) -> Tensor:
+    """`linear_log_taylor_softmax_loss` on logits that exist already.
+
+    loss_n = log Σ_j (1 + z_nj + z_nj²/2) - log(1 + z_ny + z_ny²/2)
+
+    Keywords are those of `spherical_loss`.
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), or (..., K) padded with -1, int64.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.log_taylor_softmax_loss(z, torch.tensor([0]))
+        tensor(1.2947)
+    """
+    return spherical_loss(logits, target, log_taylor_losses, **keywords)
+
+
+def linear_log_spherical_softmax_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 0.1,
+    **keywords: Unpack[_HeadKeywords],
+) -> Tensor:
+    """Negative log of the spherical softmax of a linear head.
+
+    loss_n = log Σ_j (z_nj² + ε) - log(z_ny² + ε)
+
+    Other keywords are those of `linear_spherical_loss`.
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), or (..., K) padded with -1, int64.
+        eps: ε, positive; a number or a tensor (), differentiable. It bounds the loss of a target
+            at 0 by log(V + Σ_j z_j² / ε). Default: ``0.1``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(16, 8), torch.randn(100, 8)
+        >>> lossops.linear_log_spherical_softmax_loss(x, w, torch.randint(100, (16,))).shape
+        torch.Size([])
+
+    Reference:
+        A. de Brébisson, P. Vincent: An exploration of softmax alternatives belonging to the
+        spherical loss family, arXiv 1511.05042.
+    """
+    loss_fn = partial(log_spherical_losses, eps=_positive("eps", eps))
+    return linear_spherical_loss(
+        input, linear_weight, target, loss_fn, parameters=_learnt(eps), **keywords
+    )
+
+
+def log_spherical_softmax_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    eps: float | Tensor = 0.1,
+    **keywords: Unpack[_LogitsKeywords],
+) -> Tensor:
+    """`linear_log_spherical_softmax_loss` on logits that exist already.
+
+    loss_n = log Σ_j (z_nj² + ε) - log(z_ny² + ε)
+
+    Other keywords are those of `spherical_loss`.
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), or (..., K) padded with -1, int64.
+        eps: ε, positive. Default: ``0.1``.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.log_spherical_softmax_loss(z, torch.tensor([0]))
+        tensor(1.6383)
+    """
+    loss_fn = partial(log_spherical_losses, eps=_positive("eps", eps))
+    return spherical_loss(logits, target, loss_fn, **keywords)
+
+
+def linear_spherical_mse_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, **keywords: Unpack[_HeadKeywords]
+) -> Tensor:
+    """Squared distance of the logits of a linear head to the one-hot target.
+
+    loss_n = Σ_j (z_nj - [j = y_n])² = Σ_j z_nj² - 2 z_ny + 1
+
+    Keywords are those of `linear_spherical_loss`.
+
+    Args:
+        input: x, (..., D) floating point.
+        linear_weight: w, (V, D).
+        target: class ids (...), or (..., K) padded with -1, int64.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(16, 8), torch.randn(100, 8)
+        >>> lossops.linear_spherical_mse_loss(x, w, torch.randint(100, (16,))).shape
+        torch.Size([])
+
+    Reference:
+        P. Vincent, A. de Brébisson, X. Bouthillier: Efficient exact gradient update for training
+        deep networks with very large sparse targets, arXiv 1412.7091.
+    """
+    return linear_spherical_loss(input, linear_weight, target, mse_losses, **keywords)
+
+
+def spherical_mse_loss(
+    logits: Tensor, target: Tensor, **keywords: Unpack[_LogitsKeywords]
+) -> Tensor:
+    """`linear_spherical_mse_loss` on logits that exist already.
+
+    loss_n = Σ_j (z_nj - [j = y_n])²
+
+    Keywords are those of `spherical_loss`.
+
+    Args:
+        logits: z, (..., V) floating point.
+        target: class ids (...), or (..., K) padded with -1, int64.
+
+    Returns:
+        Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Example:
+        >>> import torch, lossops
+        >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
+        >>> lossops.spherical_mse_loss(z, torch.tensor([0]))
+        tensor(17.5000)
+    """
+    return spherical_loss(logits, target, mse_losses, **keywords)
+
+
+class GramStatistics(torch.autograd.Function):
+    """Centred target, average and moment of each row from class moments, float64."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, b: Tensor | None, ids: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.lossops.gram_statistics(x, w, b, ids)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output[3:])
+        ctx.mark_non_differentiable(*output[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, w, b, ids, mean, matrix = ctx.saved_tensors
+        given, needs = list(grads[:3]), list(ctx.needs_input_grad[:3])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with without_autocast(x.device):
+                values = gram.reference_statistics(x, w, b, ids)
+                wanted = [t for t, need in zip((x, w, b), needs, strict=True) if need]
+                once = iter(torch.autograd.grad(values, wanted, given, create_graph=True))
+            return (*(next(once) if need else None for need in needs), None)
+        found = torch.ops.lossops.gram_gradient(x, w, b, ids, mean, matrix, given, needs)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None)
+
+
+def target_ids(target: Tensor, head: HeadInputs, ignore_index: int | None) -> Tensor:
+    """Ids (N, K), -1 where there is none."""
+    check_tensor("target", target)
+    check_devices(head.x, target=target)
+    several = target.ndim == len(head.lead) + 1
+    v = head.w.shape[0]
+    return class_ids(target, head.lead, v, None if several else ignore_index, several=several)
+
+
+def spherical_row_losses(
+    loss_fn: SphericalLoss,
+    target: Tensor,
+    average: Tensor,
+    moment: Tensor,
+    ids: Tensor,
+    num_classes: int,
+) -> Tensor:
+    """Losses (R,), wide, from the centred target (R, K), average (R,) and moment (R,)."""
+    r, k = ids.shape
+    counted = ids >= 0
+    t = torch.where(counted, target, 0.0) + average.unsqueeze(1)
+    s = (average * num_classes).unsqueeze(1).expand(r, k)
+    q = (moment + num_classes * average.square()).unsqueeze(1).expand(r, k)
+    found = loss_fn(t.flatten(), s.flatten(), q.flatten(), num_classes)
+    check_tensor("what loss_fn returns", found)
+    if found.shape != (r * k,):
+        raise ValueError(
+            f"loss_fn must return one loss per row, shape {(r * k,)}, got {tuple(found.shape)}"
+        )
+    return torch.where(counted, found.reshape(r, k), 0.0).sum(1)
+
+
+def _from_statistics(
+    row_losses: Callable[..., Tensor], stats: RowStatistics, ids: Tensor
+) -> Tensor:
+    """Losses (R,) in the accumulate dtype from statistics relative to their row shift."""
+    wide = gram.wide_dtype(ids.device)
+    values = {name: value.to(wide) for name, value in stats.values.items()}
+    target = values["target"].reshape(ids.shape) - values["average"].unsqueeze(1)
+    average = values["average"] + values["shift"]
+    found: Tensor = row_losses(target, average, values["moment"], ids, stats.num_classes)
+    return found.to(stats.shift.dtype)
+
+
+def reduced_losses(
+    losses: Tensor,
+    ids: Tensor,
+    sample_weight: Tensor | None,
+    reduction: str,
+    lead: torch.Size,
+    x: Tensor,
+) -> Tensor:
+    """Losses (N,) weighted by row and reduced as asked; rows without a target do not count."""
+    counted = torch.where((ids >= 0).any(1, keepdim=True), 0, -1)
+    u, divisor = row_factors(counted, row_weight(sample_weight, lead, x), None, x)
+    if u is not None:
+        losses = torch.where(counted[:, 0] >= 0, losses * u, 0.0)
+    return reduced(losses, divisor, reduction, lead)
+
+
+def _learnt(*values: float | Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(v for v in values if isinstance(v, Tensor))
+
+
+def _positive(name: str, value: float | Tensor) -> float | Tensor:
+    """``value``, refused where it is a number that is not positive; tensors are not read."""
+    if not isinstance(value, Tensor) and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
