@@ -211,18 +211,20 @@ def linear_loss(
     Args:
         input: x, (..., D) floating point.
         linear_weight: w, (V, D).
-        target: class ids (...), int64, or None for no target.
-        loss_fn: ``loss_fn(stats, **row_inputs) -> (R,)``, from `RowStatistics` of R rows.
+        target: class ids (...), or (..., K) padded with -1, int64, or None for no target.
+        loss_fn: ``loss_fn(stats, **row_inputs) -> (R,)``, from `RowStatistics` of R rows; with
+            several targets ``stats.target`` is (R, K), -inf where there is none.
         names: statistics to collect. Default: ``('lse', 'target')``.
         row_inputs: tensors (..., *) sliced with the rows and passed by name. Default: ``None``.
         parameters: tensors ``loss_fn`` closes over that want a gradient. Default: ``()``.
         rowwise: whether F treats rows independently; if not it is called once on all rows, in
             two sweeps. Default: ``True``.
         linear_bias: b, (V,). Default: ``None``.
-        weight: class weights, (V,), no gradient. Default: ``None``.
+        weight: class weights, (V,), no gradient; for one target per row. Default: ``None``.
         sample_weight: row weights, (...). Default: ``None``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
-        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        ignore_index: target id of ignored rows; None means -100. Of several targets, rows without
+            any are ignored. Default: ``None``.
         logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         class_vector: a, (V,), for ``"weighted_sum"``; no gradient. Default: ``None``.
@@ -256,7 +258,13 @@ def linear_loss(
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
     v, lead = linear_weight.shape[0], head.lead
     check_devices(input, target=target)
-    ids = None if target is None else class_ids(target, lead, v, ignore_index)
+    ids = None if target is None else class_ids(target, lead, v, ignore_index, several=True)
+    several = target is not None and target.ndim == len(lead) + 1
+    if target is not None and several and weight is not None:
+        raise ValueError(
+            f"weight needs one target per row, got target of shape {tuple(target.shape)}; "
+            "pass sample_weight"
+        )
     row_weights = row_weight(sample_weight, lead, head.x)
     u, divisor = row_factors(ids, row_weights, class_weight(weight, v, head.x), head.x)
     extra = _flat_rows(row_inputs or {}, lead, head.x)
@@ -268,9 +276,11 @@ def linear_loss(
         named = dict(zip(outputs(listed), values, strict=True))
         active = None
         if ids is not None:
-            named["target"] = named["target"].squeeze(1)
-            active = ids[rows, 0] >= 0
-            named = {n: t if n in INDEX_OUTPUTS else torch.where(active, t, 0.0)
+            active = has_target(ids[rows])
+            if not several:
+                named["target"] = named["target"].squeeze(1)
+            named = {n: t if n in INDEX_OUTPUTS
+                     else torch.where(active.unsqueeze(1) if t.ndim == 2 else active, t, 0.0)
                      for n, t in named.items()}  # fmt: skip
         with without_autocast(head.x.device):  # the same F in either schedule
             found = loss_fn(
@@ -342,14 +352,20 @@ def row_factors(
         at = weight[ids[:, 0].clamp(0, weight.shape[0] - 1)]
         u = at if u is None else u * at
     if ids is not None:
-        counted = (ids[:, 0] >= 0).to(accumulate_dtype(x.dtype))
-        total = (counted if u is None else torch.where(ids[:, 0] >= 0, u, 0.0)).sum()
+        counted = has_target(ids)
+        ones = counted.to(accumulate_dtype(x.dtype))
+        total = (ones if u is None else torch.where(counted, u, 0.0)).sum()
     elif u is not None:
         total = u.sum()
     else:
         total = torch.full((), float(x.shape[0]), dtype=accumulate_dtype(x.dtype),
                            device=x.device)  # fmt: skip
     return u, torch.where(total == 0, torch.inf, total)  # nothing to average: loss and gradients 0
+
+
+def has_target(ids: Tensor) -> Tensor:
+    """Which rows of ids (N, K) have a target at all, (N,)."""
+    return (ids[:, 0] if ids.shape[1] == 1 else ids.amax(1)) >= 0
 
 
 def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -> Tensor:

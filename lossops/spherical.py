@@ -37,7 +37,7 @@ from lossops.inputs import (
     head_inputs,
     row_weight,
 )
-from lossops.linear import head_statistics, linear_loss, reduced, row_factors
+from lossops.linear import has_target, linear_loss, reduced, row_factors
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.statistics import RowStatistics, canonical, outputs
@@ -170,21 +170,17 @@ def linear_spherical_loss(
         losses = row_losses(own, average, moment, ids, head.w.shape[0])
         losses = losses.to(accumulate_dtype(head.x.dtype))
         return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
-    if ids.shape[1] == 1:
 
-        def of_statistics(stats: RowStatistics, ids: Tensor) -> Tensor:
-            return _from_statistics(row_losses, stats, ids)
+    def of_statistics(stats: RowStatistics, ids: Tensor) -> Tensor:
+        return _from_statistics(row_losses, stats, ids)
 
-        flat = None if sample_weight is None else row_weight(sample_weight, head.lead, head.x)
-        loss = linear_loss(
-            head.x, head.w, ids[:, 0], of_statistics, names=NAMES, row_inputs={"ids": ids},
-            parameters=parameters, linear_bias=head.b, sample_weight=flat, reduction=reduction,
-            ignore_index=-1, options=options, backend=backend,
-        )  # fmt: skip
-        return loss.reshape(head.lead) if reduction == "none" else loss
-    stats = head_statistics(head, ids, NAMES, None, None, backend)
-    losses = _from_statistics(row_losses, stats, ids)
-    return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
+    flat = None if sample_weight is None else row_weight(sample_weight, head.lead, head.x)
+    loss = linear_loss(
+        head.x, head.w, ids, of_statistics, names=NAMES, row_inputs={"ids": ids},
+        parameters=parameters, linear_bias=head.b, sample_weight=flat, reduction=reduction,
+        options=options, backend=backend,
+    )  # fmt: skip
+    return loss.reshape(head.lead) if reduction == "none" else loss
 
 
 def spherical_loss(
@@ -601,10 +597,9 @@ def reduced_losses(
     x: Tensor,
 ) -> Tensor:
     """Losses (N,) weighted by row and reduced as asked; rows without a target do not count."""
-    counted = torch.where((ids >= 0).any(1, keepdim=True), 0, -1)
-    u, divisor = row_factors(counted, row_weight(sample_weight, lead, x), None, x)
+    u, divisor = row_factors(ids, row_weight(sample_weight, lead, x), None, x)
     if u is not None:
-        losses = torch.where(counted[:, 0] >= 0, losses * u, 0.0)
+        losses = torch.where(has_target(ids), losses * u, 0.0)
     return reduced(losses, divisor, reduction, lead)
 
 

@@ -75,7 +75,7 @@ class Pair:
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize(("momentum", "weight_decay"), [(0, 0), (0, 1e-2), (0.9, 1e-2)])
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0, 0), (0.9, 0), (0, 1e-2), (0.9, 1e-2)])
 def test_iterates_are_those_of_sgd(loss, momentum, weight_decay):
     rate = RATES[loss] * (1 - momentum)
     pair = Pair(32, 2000, rate, loss=loss, momentum=momentum, weight_decay=weight_decay)
