@@ -13,11 +13,12 @@ so that an epoch's end costs E³ per epoch kept, and V E² only when the epochs 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ from lossops.spherical import (
     log_spherical_losses,
     log_taylor_losses,
     mse_losses,
+    positive,
     reduced_losses,
     spherical_row_losses,
     target_ids,
+    without_ignored,
     z_losses,
 )
 
@@ -57,10 +60,13 @@ RANGE, MOMENTUM_RANGE = 2.0, 32.0
 """Largest singular value of U or U⁻¹ of an epoch; momentum shrinks half of U by μ in every step."""
 LOST = 1e3
 """Where a singular value means that digits were lost before the watch saw it."""
+WIDE_ENOUGH = (torch.float32, torch.float64)
 BLOCK = 8192
 """Classes at a time where all are visited."""
 GATHERED = 64
 """Rows brought up to date at a time where a device takes a matrix for each."""
+P = ParamSpec("P")
+R = TypeVar("R")
 SMALL = ("factor", "inverse", "offset", "mean", "gram")
 
 
@@ -79,6 +85,17 @@ class Drift(NamedTuple):
     inverse: float
     smallest: float
     largest: float
+
+
+def _exactly(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method without gradients, and in full precision under autocast too."""
+
+    @functools.wraps(method)
+    def run(self: Any, *arguments: P.args, **keywords: P.kwargs) -> R:
+        with torch.no_grad(), without_autocast(self.table.device):
+            return method(self, *arguments, **keywords)
+
+    return run
 
 
 class FactoredSphericalHead(nn.Module):
@@ -169,7 +186,7 @@ class FactoredSphericalHead(nn.Module):
         e = self.width * (2 if momentum else 1)
         kept = min(256, max(4, math.isqrt(2 * num_classes // e)))
         like = torch.empty(0, device=device, dtype=dtype)
-        if like.dtype not in (torch.float32, torch.float64):
+        if like.dtype not in WIDE_ENOUGH:
             raise TypeError(f"dtype must be float32 or float64, got {like.dtype}")
         # One row more than classes, for targets that are padding or live on another rank.
         self.register_buffer("table", like.new_zeros(count + 1, e))
@@ -181,7 +198,7 @@ class FactoredSphericalHead(nn.Module):
         self.steps, self.epochs = 0, 0  # taken, ended
         self._pending: list[Gradient] = []
         self._version = 0
-        self._flag: tuple[Tensor, Any] | None = None
+        self._flag: tuple[Tensor, Any] | None = None  # singular values on their way
         for name in SMALL:
             self.register_buffer(name, None)
         self.reset_parameters()
@@ -198,7 +215,8 @@ class FactoredSphericalHead(nn.Module):
     def load_dense(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take a weight (V, D) and bias (V,), of this rank's classes; no velocity."""
         shape = (len(self.table) - 1, self.dim)
-        if weight.shape != shape or (bias is not None) != self.bias:
+        fits = bias is None or bias.shape == shape[:1]
+        if weight.shape != shape or (bias is not None) != self.bias or not fits:
             raise ValueError(
                 f"weight must have shape {shape}, with a bias only if the head has one "
                 f"(bias={self.bias}), got {tuple(weight.shape)} and "
@@ -214,7 +232,8 @@ class FactoredSphericalHead(nn.Module):
         """The table is the state itself: U = I, and exact moments."""
         self.table[-1].zero_()
         self.epoch.zero_()
-        self.live = 0
+        self.watched.fill_(1)
+        self.live, self._flag = 0, None
         self._pending.clear()
         self._version += 1
         moments = class_moments(self.table[:-1], None, wide_dtype(self.table.device))
@@ -265,12 +284,14 @@ class FactoredSphericalHead(nn.Module):
             setattr(self, name, tensor.to(self.table.device))
         return moved
 
+    @_exactly
     def linear_state_dict(self) -> dict[str, Tensor]:
         """Weight, and bias if there is one, as `torch.nn.Linear.load_state_dict` takes them."""
         state = self._dense_state()
         found = {"weight": state[:, : self.dim].clone()}
         return found | ({"bias": state[:, self.dim].clone()} if self.bias else {})
 
+    @_exactly
     def dense(self, out: Tensor | None = None) -> Tensor:
         """The weight (V, D), of this rank's classes; written to ``out`` where given."""
         count = len(self.table) - 1
@@ -280,9 +301,10 @@ class FactoredSphericalHead(nn.Module):
             out[block] = self._state_rows(block)[:, : self.dim]
         return out
 
+    @_exactly
     def rows(self, ids: Tensor) -> Tensor:
         """Rows (..., D) of the weight for class ids (...), without gradient."""
-        check_target(ids, self.num_classes)
+        check_target(torch.where(ids < 0, self.num_classes, ids), self.num_classes)
         base = self._base(self._local(ids.reshape(-1)))
         state = base @ self.factor + self.offset
         return state[:, : self.dim].reshape(*ids.shape, self.dim)
@@ -362,20 +384,35 @@ class FactoredSphericalHead(nn.Module):
         check_devices(input, target=target, head=self.table)
         lead = input.shape[:-1]
         x = input.reshape(-1, self.dim).to(self.table.dtype)
+        if x.dtype not in WIDE_ENOUGH:
+            raise TypeError(f"the head must be float32 or float64, got {x.dtype}; use .float()")
         shape_only = self.table.new_empty(self.num_classes, 0)
         ids = target_ids(target, HeadInputs(x, shape_only, None, None, 0.0, lead), ignore_index)
         check_target(ids, self.num_classes)
         with without_autocast(x.device):
             # Features may be frozen: the weight, which autograd does not see, wants its gradient.
             anchor = torch.empty(0, requires_grad=True)
-            own, average, moment = apply(_HeadStatistics, x, anchor, self, ids)
+            slot: list[Gradient] = []
+            found = apply(_HeadStatistics, without_ignored(x, ids), anchor, self, ids, slot)
+            own, average, moment = found
+            if anchor.requires_grad and own.requires_grad:
+                # As a Parameter would: after backward(), not after torch.autograd.grad.
+                anchor.register_post_accumulate_grad_hook(lambda _: self._receive(slot))
             losses = spherical_row_losses(self.loss_fn, own, average, moment, ids, self.num_classes)
         losses = losses.to(x.dtype)
         return reduced_losses(losses, ids, sample_weight, reduction, lead, x)
 
+    def _receive(self, slot: list[Gradient]) -> None:
+        self._pending.append(slot.pop())
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One step of SGD on the gradients since the last; nothing where there are none."""
+        if lr * self.weight_decay == 1:
+            raise ValueError(
+                f"lr * weight_decay must not be 1, which erases the weight, got lr={lr} and "
+                f"weight_decay={self.weight_decay}"
+            )
         if not self._pending:
             return
         gradient = joined(self._pending)
@@ -392,14 +429,14 @@ class FactoredSphericalHead(nn.Module):
             self.table.index_put_((local,), added.reshape(-1, e), accumulate=True)
             self.steps += 1
             if self.stabilize:
-                self._watch()
+                self._watch(self._watch_steps(lr))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients since the last step."""
         self._pending.clear()
         super().zero_grad(set_to_none)
 
-    @torch.no_grad()
+    @_exactly
     def grad_norm(self) -> Tensor:
         """Frobenius norm of the gradient of weight and bias, ()."""
         if not self._pending:
@@ -415,13 +452,23 @@ class FactoredSphericalHead(nn.Module):
 
     # Conditioning
 
-    def _watch(self) -> None:
+    def _watch_steps(self, lr: float) -> int:
+        """Steps between two looks: before momentum and decay alone shrink U out of its range."""
+        shrink = (self.momentum or 1.0) * abs(1 - lr * self.weight_decay)
+        if not 0 < shrink < 1:
+            return WATCH_STEPS
+        limit = MOMENTUM_RANGE if self.momentum else RANGE
+        return max(1, min(WATCH_STEPS, int(math.log(limit) / -math.log(shrink))))
+
+    def _watch(self, every: int) -> None:
         """End the epoch where a singular value of U has left its range."""
         if self.steps % REFINE_STEPS == 0:
             self._keep(refined(self.factors))
-        if self.steps % WATCH_STEPS == 0:
-            values, self.watched = extremes(self.factors, self.watched)
+        if self.steps % every == 0:
+            values, self.watched = extremes(self.factors, self.watched, self.steps // every)
             self._flag = _sent(values)
+            if self.class_group is not None:  # all ranks end an epoch at the same step
+                self._flag[1].synchronize()
         if self._flag is None or not self._flag[1].query():
             return
         worst = float(self._flag[0].max())
@@ -429,7 +476,7 @@ class FactoredSphericalHead(nn.Module):
         if not worst < LOST:
             warnings.warn(
                 f"the factor of the head reached a condition of {worst:.1e} within "
-                f"{WATCH_STEPS} steps, and digits of the weight are lost; lower the learning rate",
+                f"{every} steps, and digits of the weight are lost; lower the learning rate",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -450,15 +497,17 @@ class FactoredSphericalHead(nn.Module):
         self._keep(fresh_factors(self.mean, self.gram, self.table.dtype))
         return None
 
-    @torch.no_grad()
+    @_exactly
     def refactor(self) -> None:
         """Make the table the state itself, U = I, and the moments exact again; O(V E²)."""
+        if self._pending:
+            raise RuntimeError("refactor() would lose gradients that wait for a step; step() first")
         for start in range(0, len(self.table) - 1, BLOCK):
             block = slice(start, min(start + BLOCK, len(self.table) - 1))
             self.table[block] = self._state_rows(block)
         self._restart()
 
-    @torch.no_grad()
+    @_exactly
     def check(self) -> Drift:
         """How far mean, Gram matrix and inverse have drifted from the table; O(V E²)."""
         state = self._dense_state()
@@ -480,9 +529,12 @@ class FactoredSphericalHead(nn.Module):
 
     # Prediction
 
-    @torch.no_grad()
+    @_exactly
     def topk(self, input: Tensor, k: int) -> TopK:
-        """The ``k`` classes of the largest logits, (..., k), over all ranks; O(V D) per row."""
+        """The ``k`` classes of the largest logits, (..., k), over all ranks.
+
+        V D multiply-adds per row, and V D² per call once an epoch has ended, until `refactor`.
+        """
         last = len(self.table) - 1
         x = rows_of(input.reshape(-1, self.dim), self.offset if self.bias else None,
                     self.table.dtype)  # fmt: skip
@@ -512,12 +564,17 @@ class _HeadStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, head: FactoredSphericalHead, ids: Tensor
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        head: FactoredSphericalHead,
+        ids: Tensor,
+        slot: list[Gradient],
     ) -> tuple[Any, ...]:
         rows = rows_of(x, x[:0] if head.bias else None, x.dtype)
         base = head._base(head._local(ids.flatten())).reshape(*ids.shape, head.table.shape[1])
         found, own, product = row_statistics(head.factors, rows, base, ids >= 0)
-        ctx.head, ctx.version = head, head._version
+        ctx.head, ctx.version, ctx.slot = head, head._version, slot
         ctx.save_for_backward(rows, ids, base, own, product, found.average)
         return tuple(found)
 
@@ -535,16 +592,18 @@ class _HeadStatistics(torch.autograd.Function):
         target = torch.where(ids >= 0, given.target, 0.0)
         pulled = (own * target.unsqueeze(2)).sum(1)  # (N, E)
         centred = torch.addcmul(pulled, product, 2 * given.moment.unsqueeze(1))
-        scalars = (target, given.average, given.moment, average)
+        scalars = (target, given.average, given.moment, average.detach())
         matrices = (pulled.to(rows.dtype), centred.to(rows.dtype))
-        head._pending.append(Gradient(rows, ids, base, *scalars, *matrices))
+        ctx.slot[:] = [Gradient(rows.detach(), ids, base, *scalars, *matrices)]
+        anchored = torch.empty(0)
         if not ctx.needs_input_grad[0]:
-            return (None,) * 4
+            return None, anchored, None, None, None
         dx = centred[:, : head.dim] + given.average.unsqueeze(1) * head.mean[: head.dim]
-        return dx.to(rows.dtype), None, None, None
+        return dx.to(rows.dtype), anchored, None, None, None
 
 
 def _loss_function(loss: str | SphericalLoss, a: float, b: float) -> SphericalLoss:
+    positive("a", a)
     named: dict[str, SphericalLoss] = {
         "z": partial(z_losses, a=a, b=b),
         "taylor": log_taylor_losses,
@@ -593,6 +652,10 @@ class _Ready:
     @staticmethod
     def query() -> bool:
         return True
+
+    @staticmethod
+    def synchronize() -> None:
+        pass
 
 
 def _sent(values: Tensor) -> tuple[Tensor, Any]:

@@ -151,9 +151,11 @@ def inner_products(g: Gradient, num_classes: int) -> Tensor:
     rows = g.x * g.moment.to(dtype).unsqueeze(1)
     cross = rows @ (g.pulled + g.centred)[:, :d].T
     pull = g.target.sum(1).to(dtype)
-    ids, weights = g.ids.flatten(), g.target.to(dtype).flatten()
-    same = torch.where(ids.unsqueeze(1) == ids, weights.unsqueeze(1) * weights, 0.0)
-    same = same if k == 1 else same.reshape(n, k, n, k).sum((1, 3))
+    weights, same = g.target.to(dtype), rows.new_zeros(n, n)
+    for i in range(k):  # pair by pair of targets, N² at a time
+        for j in range(k):
+            equal = g.ids[:, i].unsqueeze(1) == g.ids[:, j]
+            same += torch.where(equal, torch.outer(weights[:, i], weights[:, j]), 0.0)
     same.addr_(pull, pull, alpha=-1 / num_classes)
     products: Tensor = same.add_(cross).add_(cross.T)
     return products
@@ -215,9 +217,15 @@ def refined(factors: Factors) -> Factors:
     return factors._replace(inverse=2 * p - p @ (u.T @ p))
 
 
-def extremes(factors: Factors, watched: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest singular values of U and P, (2,), by two warm power iterations; the new vectors."""
+def extremes(factors: Factors, watched: Tensor, look: int) -> tuple[Tensor, Tensor]:
+    """Largest singular values of U and P, (2,), by two warm power iterations; the new vectors.
+
+    A direction that once died out of a vector would never come back: each look mixes in another.
+    """
     values, vectors = [], []
+    e = watched.shape[1]
+    places = torch.arange(1, e + 1, dtype=watched.dtype, device=watched.device)
+    watched = watched + 0.1 * (2 / e) ** 0.5 * torch.cos(places * (look * 0.6180339887 % 1 * 6.2))
     for matrix, vector in zip((factors.factor, factors.inverse), watched, strict=True):
         for _ in range(2):
             image = matrix @ vector

@@ -122,13 +122,15 @@ def statistics(
     found = row_statistics(x, w, b, target, moments)
     if not checks:
         return found, moments
-    tolerance = TOLERANCE[product]
-    if product != wide and uncertain_rows(x, b, found, moments, product, tolerance).any():
+    tolerance, counted = TOLERANCE[product], (target >= 0).any(1)
+    unsure = uncertain_rows(x, b, found, moments, product, tolerance)
+    if product != wide and (unsure & counted).any():
         moments = class_moments(w, b, wide)
         found = row_statistics(x, w, b, target, moments)
-    rows = uncertain_rows(x, b, found, moments, wide, tolerance).nonzero().squeeze(1)
-    if rows.numel():
-        found.moment[rows] = swept_moments(rows_of(x[rows], b, wide), w, b, moments.mean)
+    unsure = uncertain_rows(x, b, found, moments, wide, tolerance)
+    for rows in (unsure & counted).nonzero().squeeze(1).split(ROWS):
+        if len(rows):
+            found.moment[rows] = swept_moments(rows_of(x[rows], b, wide), w, b, moments.mean)
     return found, moments
 
 
@@ -154,7 +156,8 @@ def uncertain_rows(
     tolerance: float,
 ) -> Tensor:
     """Which moments may be off by more than ``tolerance``, (N,), products made in ``product``."""
-    squares = x.square().sum(1, dtype=found.moment.dtype) + (0.0 if b is None else 1.0)
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=found.moment.dtype)
+    squares = norms.square() + (0.0 if b is None else 1.0)
     error = torch.finfo(product).eps / 2 * torch.linalg.matrix_norm(moments.gram) * squares
     above: Tensor = error > tolerance * found.moment
     return above

@@ -55,7 +55,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor | FactoredSphericalHead], max_norm: float
+    parameters: Tensor | FactoredSphericalHead | Iterable[Tensor | FactoredSphericalHead],
+    max_norm: float,
 ) -> Tensor:
     """Scale gradients so that their joint norm is at most ``max_norm``; as torch's, heads included.
 
@@ -69,7 +70,7 @@ def clip_grad_norm_(
         The norm before, ().
 
     Raises:
-        ValueError: a negative ``max_norm``.
+        ValueError: a negative ``max_norm``. TypeError: neither a tensor nor a head.
 
     Example:
         >>> import torch, lossops
@@ -82,7 +83,15 @@ def clip_grad_norm_(
     """
     if max_norm < 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
-    listed = list(parameters)
+    if isinstance(parameters, Tensor | FactoredSphericalHead):
+        parameters = [parameters]
+    listed: list[Any] = list(parameters)
+    for p in listed:
+        if not isinstance(p, Tensor | FactoredSphericalHead):
+            raise TypeError(
+                f"parameters must be tensors and factored heads, got {type(p).__name__}; "
+                "of a module pass *module.parameters()"
+            )
     heads = [p for p in listed if isinstance(p, FactoredSphericalHead)]
     grads = [p.grad for p in listed if isinstance(p, Tensor) and p.grad is not None]
     norms = [*(torch.linalg.vector_norm(g) for g in grads), *(h.grad_norm() for h in heads)]

@@ -71,7 +71,7 @@ def z_losses(
     a: float | Tensor = 0.1,
     b: float | Tensor = 10.0,
 ) -> Tensor:
-    """The Z-loss as a function of row statistics; ``b=None`` is √(2 log V)."""
+    """The Z-loss as a function of row statistics."""
     mean = sum / num_classes
     variance = sumsq / num_classes - mean.square()
     # Logits that are all equal, up to rounding, have no standard score: it counts as 0, constant.
@@ -129,8 +129,8 @@ def linear_spherical_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
         mode: ``"gram"`` (D×D matrices, no logits), ``"sweep"`` (tiles of logits), or ``"auto"``:
-            gram where there are at least D rows, which is where it takes fewer operations.
-            Default: ``'auto'``.
+            gram where N V >= D (N + V), which is where it takes fewer operations: for many
+            classes from about D rows on. Default: ``'auto'``.
         options: schedule and memory of the sweep. Default: ``None``.
         backend: of the sweep: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
 
@@ -165,7 +165,9 @@ def linear_spherical_loss(
     ids = target_ids(target, head, ignore_index)
     row_losses = partial(spherical_row_losses, loss_fn)
     n, d = head.x.shape
-    if mode == "gram" or (mode == "auto" and n >= d):
+    v = head.w.shape[0]
+    head = head._replace(x=without_ignored(head.x, ids))
+    if mode == "gram" or (mode == "auto" and n * v >= d * (n + v)):
         own, average, moment, *_ = apply(GramStatistics, head.x, head.w, head.b, ids)
         losses = row_losses(own, average, moment, ids, head.w.shape[0])
         losses = losses.to(accumulate_dtype(head.x.dtype))
@@ -277,7 +279,7 @@ def linear_spherical_z_loss(
         A. de Brébisson, P. Vincent: The Z-loss, a shift and scale invariant classification loss
         belonging to the spherical family, arXiv 1604.08859.
     """
-    loss_fn = partial(z_losses, a=_positive("a", a), b=b)
+    loss_fn = partial(z_losses, a=positive("a", a), b=b)
     return linear_spherical_loss(
         input, linear_weight, target, loss_fn, parameters=_learnt(a, b), **keywords
     )
@@ -315,7 +317,7 @@ def spherical_z_loss(
         >>> lossops.spherical_z_loss(z, torch.tensor([0]), a=1.0, b=0.0)
         tensor(0.3364)
     """
-    return spherical_loss(logits, target, partial(z_losses, a=_positive("a", a), b=b), **keywords)
+    return spherical_loss(logits, target, partial(z_losses, a=positive("a", a), b=b), **keywords)
 
 
 def linear_log_taylor_softmax_loss(
@@ -416,7 +418,7 @@ def linear_log_spherical_softmax_loss(
         A. de Brébisson, P. Vincent: An exploration of softmax alternatives belonging to the
         spherical loss family, arXiv 1511.05042.
     """
-    loss_fn = partial(log_spherical_losses, eps=_positive("eps", eps))
+    loss_fn = partial(log_spherical_losses, eps=positive("eps", eps))
     return linear_spherical_loss(
         input, linear_weight, target, loss_fn, parameters=_learnt(eps), **keywords
     )
@@ -452,7 +454,7 @@ def log_spherical_softmax_loss(
         >>> lossops.log_spherical_softmax_loss(z, torch.tensor([0]))
         tensor(1.6383)
     """
-    loss_fn = partial(log_spherical_losses, eps=_positive("eps", eps))
+    loss_fn = partial(log_spherical_losses, eps=positive("eps", eps))
     return spherical_loss(logits, target, loss_fn, **keywords)
 
 
@@ -535,6 +537,8 @@ class GramStatistics(torch.autograd.Function):
         x, w, b, ids, mean, matrix = ctx.saved_tensors
         given, needs = list(grads[:3]), list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Views: where x was made from w, a gradient by w itself would go through x as well.
+            x, w, b = x.view_as(x), w.view_as(w), None if b is None else b.view_as(b)
             with without_autocast(x.device):
                 values = gram.reference_statistics(x, w, b, ids)
                 wanted = [t for t, need in zip((x, w, b), needs, strict=True) if need]
@@ -550,6 +554,10 @@ def target_ids(target: Tensor, head: HeadInputs, ignore_index: int | None) -> Te
     check_devices(head.x, target=target)
     several = target.ndim == len(head.lead) + 1
     v = head.w.shape[0]
+    if several and not target.shape[-1]:
+        raise ValueError(
+            f"target must have at least one column, got shape {tuple(target.shape)}; pad with -1"
+        )
     return class_ids(target, head.lead, v, None if several else ignore_index, several=several)
 
 
@@ -564,9 +572,11 @@ def spherical_row_losses(
     """Losses (R,), wide, from the centred target (R, K), average (R,) and moment (R,)."""
     r, k = ids.shape
     counted = ids >= 0
-    t = torch.where(counted, target, 0.0) + average.unsqueeze(1)
-    s = (average * num_classes).unsqueeze(1).expand(r, k)
-    q = (moment + num_classes * average.square()).unsqueeze(1).expand(r, k)
+    # What is not counted feeds F the statistics of random logits: it may have no slope at zeros.
+    t = torch.where(counted, target + average.unsqueeze(1), 1.0)
+    s = torch.where(counted, (average * num_classes).unsqueeze(1), 0.0)
+    q = moment + num_classes * average.square()
+    q = torch.where(counted, q.unsqueeze(1), float(num_classes))
     found = loss_fn(t.flatten(), s.flatten(), q.flatten(), num_classes)
     check_tensor("what loss_fn returns", found)
     if found.shape != (r * k,):
@@ -603,11 +613,16 @@ def reduced_losses(
     return reduced(losses, divisor, reduction, lead)
 
 
+def without_ignored(x: Tensor, ids: Tensor) -> Tensor:
+    """x (N, D) with zeros for rows without a target: a NaN there must not reach the gradient."""
+    return torch.where(has_target(ids).unsqueeze(1), x, 0.0)
+
+
 def _learnt(*values: float | Tensor | None) -> tuple[Tensor, ...]:
     return tuple(v for v in values if isinstance(v, Tensor))
 
 
-def _positive(name: str, value: float | Tensor) -> float | Tensor:
+def positive(name: str, value: float | Tensor) -> float | Tensor:
     """``value``, refused where it is a number that is not positive; tensors are not read."""
     if not isinstance(value, Tensor) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")

@@ -179,6 +179,83 @@ def test_a_lost_condition_is_said():
         train()
 
 
+@pytest.mark.parametrize("momentum", [0.01, 0.1, 0.3])
+def test_little_momentum_forgets_fast(momentum):
+    """It shrinks half of U by a hundred in a step: looks come as often as that needs."""
+    pair = Pair(8, 100, 0.2, momentum=momentum, dtype=torch.float32)
+    pair.train(60, 8)
+    assert pair.error() <= 1e-5
+
+
+def test_a_direction_that_comes_up_late_is_seen():
+    """Features along one axis for long: the watch must not have forgotten the others."""
+    pair = Pair(4, 100, 0.05, loss="mse", dtype=torch.float32)
+    for axis, steps in ((0, 200), (1, 400)):
+        for _ in range(steps):
+            x = torch.zeros(4, 4, dtype=torch.float64)
+            x[:, axis] = 1
+            pair.losses(x, zipf((4,), 100))
+            pair.step()
+    assert pair.error() <= 1e-4
+
+
+def test_a_head_that_diverged_can_be_loaded_again():
+    head = lossops.FactoredSphericalHead(4, 50)
+    weight = head.dense()
+    head.watched.fill_(math.nan)
+    head.load_dense(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * factored.WATCH_STEPS):
+            head(torch.randn(4, 4), torch.arange(4)).backward()
+            head.step(0.01)
+
+
+def test_only_backward_leaves_a_gradient():
+    """As for a Parameter: torch.autograd.grad and backward(inputs=...) do not touch the head."""
+    head = lossops.FactoredSphericalHead(4, 50)
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.autograd.grad(head(x, torch.arange(3)), x)
+    head(x, torch.arange(3)).backward(inputs=[x])
+    assert not head.grad_norm()
+    loss = head(x, torch.arange(3))
+    loss.backward(retain_graph=True)
+    norm = head.grad_norm()
+    assert norm > 0
+    loss.backward()
+    torch.testing.assert_close(head.grad_norm(), 2 * norm)
+    copy.deepcopy(head)
+
+
+def test_ignored_rows_may_hold_anything():
+    head = lossops.FactoredSphericalHead(4, 50)
+    x = torch.randn(3, 4)
+    x[1] = math.nan
+    loss = head(x, torch.tensor([1, -100, 2]))
+    loss.backward()
+    head.step(0.1)
+    assert loss.isfinite()
+    assert head.dense().isfinite().all()
+
+
+def test_autocast_does_not_round_the_weight():
+    head = lossops.FactoredSphericalHead(4, 50)
+    head(torch.randn(8, 4), torch.arange(8)).backward()
+    head.step(0.5)
+    before = head.dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head.dense(), before)
+        head.refactor()
+    torch.testing.assert_close(head.dense(), before, rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_that_waits_is_not_lost():
+    head = lossops.FactoredSphericalHead(4, 50)
+    head(torch.randn(8, 4), torch.arange(8)).backward()
+    with pytest.raises(RuntimeError, match=r"step\(\) first"):
+        head.refactor()
+
+
 def test_a_quiet_run_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -303,14 +380,6 @@ def test_nothing_to_learn_from_changes_nothing():
     assert pair.error() <= 1e-15
 
 
-def test_without_gradients_nothing_is_kept():
-    head = lossops.FactoredSphericalHead(6, 50)
-    with torch.no_grad():
-        head(torch.randn(3, 6), torch.arange(3))
-    head.eval()
-    assert not head._pending
-
-
 def test_a_step_between_forward_and_backward_is_refused():
     head = lossops.FactoredSphericalHead(6, 50)
     x = torch.randn(3, 6, requires_grad=True)
@@ -420,6 +489,13 @@ def test_class_shards_make_one_head(momentum, shards):
          r"class ids in \[0, 5\)"),
         (lambda: lossops.optim.FactoredSGD(nn.Linear(2, 2), 0.1), TypeError,
          "head must be a FactoredSphericalHead, got Linear"),
+        (lambda: lossops.optim.clip_grad_norm_([nn.Linear(2, 2)], 1.0), TypeError,
+         "tensors and factored heads, got Linear"),
+        (lambda: lossops.FactoredSphericalHead(4, 5, a=0.0), ValueError, "a must be positive"),
+        (lambda: lossops.FactoredSphericalHead(4, 5, weight_decay=0.5).step(2.0), ValueError,
+         "must not be 1"),
+        (lambda: lossops.FactoredSphericalHead(4, 5).rows(torch.tensor([-1])), IndexError,
+         r"class ids in \[0, 5\)"),
         (lambda: lossops.optim.clip_grad_norm_([], -1.0), ValueError, "max_norm must be"),
     ],
 )  # fmt: skip

@@ -143,6 +143,33 @@ def test_gradients_by_finite_differences(name, mode):
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
+@EVERY_MODE
+def test_features_made_from_the_weight(mode):
+    """Tied weights: with create_graph the path through x counts once."""
+    _, w, _, y = make_inputs(12, 9, 4)
+    ids = torch.arange(12) % 9
+    found = []
+    for create_graph in (False, True):
+        leaf = w.clone().requires_grad_()
+        loss = lossops.linear_spherical_z_loss(leaf[ids].tanh(), leaf, y, mode=mode)
+        found.append(torch.autograd.grad(loss, leaf, create_graph=create_graph)[0].detach())
+    torch.testing.assert_close(*found)
+
+
+@EVERY_MODE
+def test_ignored_rows_may_hold_anything(mode):
+    x, w, _, y = make_inputs(9, 5, 3, torch.float32)
+    x[4], y[4] = float("nan"), -100
+
+    def root(target, sum, sumsq, num_classes):  # no slope at 0
+        return sumsq.sqrt() - target
+
+    found = with_gradients(lambda x, w: lossops.linear_spherical_loss(x, w, y, root, mode=mode),
+                           x, w)  # fmt: skip
+    assert all(t.isfinite().all() for t in found)
+    assert not found[1][4].any()
+
+
 def test_learnable_position_in_one_sweep():
     x, w, _, y = make_inputs(40, 50, 60, torch.float32)
     found = []
@@ -278,13 +305,14 @@ def test_gram_mode_holds_nothing_of_the_size_of_the_logits():
     assert largest.elements <= max(v, gram.CLASSES, 2 * n) * d < n * v / 100
 
 
-def test_auto_takes_gram_where_there_are_as_many_rows_as_features(monkeypatch):
+def test_auto_takes_gram_where_it_takes_fewer_operations(monkeypatch):
     taken = []
     monkeypatch.setattr(spherical, "linear_loss", lambda *a, **k: taken.append("sweep"))
-    x, w, _, y = make_inputs(6, 9, 6)
+    x, w, _, y = make_inputs(12, 18, 6)
     assert lossops.linear_spherical_mse_loss(x, w, y).isfinite()
     lossops.linear_spherical_mse_loss(x[:5], w, y[:5])
-    assert taken == ["sweep"]
+    lossops.linear_spherical_mse_loss(x, w[:6], y % 6)
+    assert taken == ["sweep"] * 2
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
@@ -395,6 +423,8 @@ X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
          ValueError, "one loss per row"),
         (lambda: lossops.linear_spherical_mse_loss(X, W[:, :2], Y), ValueError,
          "linear_weight must have shape"),
+        (lambda: lossops.linear_spherical_mse_loss(X, W, Y.unsqueeze(1)[:, :0]), ValueError,
+         "at least one column"),
         (lambda: lossops.spherical_mse_loss(Y, Y), ValueError, "logits must be floating point"),
     ],
 )  # fmt: skip
