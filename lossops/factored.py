@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,6 @@ from lossops.spherical import (
     reduced_losses,
     spherical_row_losses,
     target_ids,
-    without_ignored,
     z_losses,
 )
 
@@ -95,7 +94,7 @@ def _exactly(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
         with torch.no_grad(), without_autocast(self.table.device):
             return method(self, *arguments, **keywords)
 
-    return run
+    return cast("Callable[Concatenate[Any, P], R]", run)
 
 
 class FactoredSphericalHead(nn.Module):
@@ -393,7 +392,7 @@ class FactoredSphericalHead(nn.Module):
             # Features may be frozen: the weight, which autograd does not see, wants its gradient.
             anchor = torch.empty(0, requires_grad=True)
             slot: list[Gradient] = []
-            found = apply(_HeadStatistics, without_ignored(x, ids), anchor, self, ids, slot)
+            found = apply(_HeadStatistics, x, anchor, self, ids, slot)
             own, average, moment = found
             if anchor.requires_grad and own.requires_grad:
                 # As a Parameter would: after backward(), not after torch.autograd.grad.
@@ -571,7 +570,7 @@ class _HeadStatistics(torch.autograd.Function):
         ids: Tensor,
         slot: list[Gradient],
     ) -> tuple[Any, ...]:
-        rows = rows_of(x, x[:0] if head.bias else None, x.dtype)
+        rows = rows_of(x, x[:0] if head.bias else None, x.dtype, ids)
         base = head._base(head._local(ids.flatten())).reshape(*ids.shape, head.table.shape[1])
         found, own, product = row_statistics(head.factors, rows, base, ids >= 0)
         ctx.head, ctx.version, ctx.slot = head, head._version, slot

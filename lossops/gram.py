@@ -97,9 +97,11 @@ def extended(x: Tensor, last: Tensor | None) -> Tensor:
     return x if last is None else torch.cat([x, last.unsqueeze(-1)], -1)
 
 
-def rows_of(x: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x̃ in ``dtype``."""
+def rows_of(x: Tensor, b: Tensor | None, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+    """x̃ in ``dtype``; 0 for rows that ``ids`` (N, K) ignore, where a NaN must reach no gradient."""
     x = x.to(dtype)
+    if ids is not None:
+        x = x.masked_fill((ids < 0).all(1, keepdim=True), 0.0)
     return extended(x, None if b is None else x.new_ones(x.shape[:-1]))
 
 
@@ -141,7 +143,7 @@ def row_statistics(
     mean, gram = moments
     parts = []
     for part, ids in zip(x.split(ROWS), target.split(ROWS), strict=True):
-        rows = rows_of(part, b, mean.dtype)  # (R, E)
+        rows = rows_of(part, b, mean.dtype, ids)  # (R, E)
         own = (gathered(w, b, ids, mean) * rows.unsqueeze(1)).sum(2).masked_fill(ids < 0, 0.0)
         parts.append(Statistics(own, rows @ mean, ((rows @ gram) * rows).sum(1)))
     return Statistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -190,7 +192,7 @@ def gradient(
     for start in range(0, x.shape[0], ROWS):
         part = slice(start, start + ROWS)
         ids = target[part]
-        rows = rows_of(x[part], b, mean.dtype)  # (R, E)
+        rows = rows_of(x[part], b, mean.dtype, ids)  # (R, E)
         pull = given.target[part].masked_fill(ids < 0, 0.0)  # (R, K)
         scaled = rows * (2 * given.moment[part]).unsqueeze(1)
         if dx is not None:
@@ -233,6 +235,6 @@ def reference_statistics(
     classes = extended(w.to(wide), None if b is None else b.to(wide))  # (V, E)
     mean = classes.mean(0)
     centred = classes - mean
-    rows = rows_of(x, b, wide)
+    rows = rows_of(x, b, wide, target)
     own = (centred[target.clamp_min(0)] * rows.unsqueeze(1)).sum(2).masked_fill(target < 0, 0.0)
     return own, rows @ mean, ((rows @ (centred.T @ centred)) * rows).sum(1)

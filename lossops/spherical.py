@@ -166,7 +166,6 @@ def linear_spherical_loss(
     row_losses = partial(spherical_row_losses, loss_fn)
     n, d = head.x.shape
     v = head.w.shape[0]
-    head = head._replace(x=without_ignored(head.x, ids))
     if mode == "gram" or (mode == "auto" and n * v >= d * (n + v)):
         own, average, moment, *_ = apply(GramStatistics, head.x, head.w, head.b, ids)
         losses = row_losses(own, average, moment, ids, head.w.shape[0])
@@ -611,11 +610,6 @@ def reduced_losses(
     if u is not None:
         losses = torch.where(has_target(ids), losses * u, 0.0)
     return reduced(losses, divisor, reduction, lead)
-
-
-def without_ignored(x: Tensor, ids: Tensor) -> Tensor:
-    """x (N, D) with zeros for rows without a target: a NaN there must not reach the gradient."""
-    return torch.where(has_target(ids).unsqueeze(1), x, 0.0)
 
 
 def _learnt(*values: float | Tensor | None) -> tuple[Tensor, ...]:

@@ -72,13 +72,32 @@ CALLS = {
     "cross_entropy": lambda x, w, b, y, k: lossops.cross_entropy(
         F.linear(x, w, b), y, label_smoothing=0.1, backend=k
     ),
+    "linear_spherical_z_loss": lambda x, w, b, y, k: lossops.linear_spherical_z_loss(
+        x, w, y, linear_bias=b, mode="gram", backend=k
+    ),
+    "linear_spherical_loss": lambda x, w, b, y, k: lossops.linear_spherical_loss(
+        x, w, y, lossops.spherical.log_taylor_losses, linear_bias=b, mode="sweep", backend=k
+    ),
+    "spherical_z_loss": lambda x, w, b, y, k: lossops.spherical_z_loss(
+        F.linear(x, w, b), y, backend=k
+    ),
 }  # fmt: skip
 EVERY_CALL = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+# One line each around a function that is called here, with another formula.
+SAME_WAY = {
+    "linear_log_spherical_softmax_loss",
+    "linear_log_taylor_softmax_loss",
+    "linear_spherical_mse_loss",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_loss",
+    "spherical_loss",
+    "spherical_mse_loss",
+}
 
 
 def test_every_function_is_called():
     public = [n for n in lossops.__all__ if inspect.isfunction(getattr(lossops, n))]
-    assert {name.partition(",")[0] for name in CALLS} == set(public)
+    assert {name.partition(",")[0] for name in CALLS} == set(public) - SAME_WAY
 
 
 @pytest.fixture
@@ -213,7 +232,11 @@ def test_opcheck(dtype, inputs, backend):
         ("linear_statistics", (*head, backend)),
         ("logits_statistics", (z, y, None, None, OP_NAMES, backend)),
         ("logits_gradient", (z, y, None, None, OP_NAMES, stored, coefficients, backend)),
+        ("gram_statistics", (x, w, b, y)),
     ]
+    *given, mean, gram = OPS.gram_statistics(x, w, b, y)
+    for needs in ([True] * 3, [True, False, False], [False, True, False]):
+        calls.append(("gram_gradient", (x, w, b, y, mean, gram, given, needs)))
     for needs in ([True] * 4, [True, False, False, False], [False, True, False, True]):
         calls.append(("linear_gradient", (*head, found, coefficients, needs, backend)))
         calls.append(("linear_cross_entropy", (*head, *terms, needs, 7, backend)))
@@ -263,7 +286,7 @@ def test_autocast_leaves_float64_alone(inputs):
     assert_equal(found, run(CALLS["linear_loss"], leaves, inputs.y))
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "cross_entropy"])
+@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith("linear")])
 def test_mixed_dtypes(name, inputs):
     """bfloat16 features, float32 weights: computed in float32, each gradient in its own dtype."""
     call = CALLS[name]
@@ -401,6 +424,7 @@ MODULES = {
     "LinearLogProb": lambda: lossops.LinearLogProb(D, V, logit_scale=0.5),
     "LinearLoss": lambda: lossops.LinearLoss(D, V, ScaledFocal(), reduction="sum"),
     "CrossEntropyLoss": lambda: lossops.CrossEntropyLoss(weight=torch.linspace(0.5, 2, V)),
+    "FactoredSphericalHead": lambda: lossops.FactoredSphericalHead(D, V, bias=True),
 }
 EVERY_MODULE = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 
@@ -410,11 +434,15 @@ def test_every_module_is_made():
     assert set(MODULES) == {n for n in public if issubclass(getattr(lossops, n), nn.Module)}
 
 
+def takes_features(module):
+    return not isinstance(module, lossops.CrossEntropyLoss)
+
+
 @EVERY_MODULE
 def test_module_copies(make, inputs):
     """deepcopy, pickle and state_dict give a module with the same results."""
     module = make()
-    x = inputs.leaves[0] if "in_features" in vars(module) else torch.randn(N, V)
+    x = inputs.leaves[0] if takes_features(module) else torch.randn(N, V)
     expected = module(x, inputs.y)
     again = make()
     again.load_state_dict(module.state_dict())
@@ -427,7 +455,7 @@ def test_module_copies(make, inputs):
 @EVERY_MODULE
 def test_module_moves(make, inputs):
     module = make().double()
-    x = torch.randn(N, D if "in_features" in vars(module) else V, dtype=torch.float64)
+    x = torch.randn(N, D if takes_features(module) else V, dtype=torch.float64)
     assert module(x, inputs.y).dtype == torch.float64
 
 
@@ -455,11 +483,12 @@ def test_module_starts_and_resets_as_linear():
         assert 0.7 * bound < p.abs().max() <= bound
 
 
-@EVERY_MODULE
-def test_module_is_its_function(make, inputs, backend):
-    module = make()
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "FactoredSphericalHead"])
+def test_module_is_its_function(name, inputs, backend):
+    """All but the head that trains itself, which has tests of its own."""
+    module = MODULES[name]()
     module.options["backend"] = backend
-    x = inputs.leaves[0] if "in_features" in vars(module) else torch.randn(N, V)
+    x = inputs.leaves[0] if takes_features(module) else torch.randn(N, V)
     found = module(x, inputs.y)
     options = {**module.options}
     if isinstance(module, lossops.CrossEntropyLoss):
