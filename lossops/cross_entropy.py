@@ -26,6 +26,7 @@ from lossops.inputs import (
     checked_options,
     class_ids,
     class_weight,
+    flat_logits,
     head_inputs,
     row_weight,
 )
@@ -298,15 +299,8 @@ def cross_entropy(
     check_reduction(reduction)
     _check_outputs(outputs)
     check_tensor("target", target)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 1:
-        raise TypeError(
-            "logits must be a floating point tensor (..., V), got "
-            f"{logits.dtype if isinstance(logits, Tensor) else type(logits).__name__}"
-        )
-    if logits.shape[-1] == 0:
-        raise ValueError("logits must have at least one class, got shape (..., 0)")
-    lead, v = logits.shape[:-1], logits.shape[-1]
-    z = logits.reshape(-1, v)
+    z = flat_logits(logits)
+    lead, v = logits.shape[:-1], z.shape[1]
     head = HeadInputs(z, z, None, None, 0.0, lead)
     if _differentiates(target):
         return _through_reference(

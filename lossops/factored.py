@@ -36,19 +36,21 @@ from lossops.factors import (
     step_,
 )
 from lossops.gram import Statistics, class_moments, rows_of, wide_dtype
-from lossops.inputs import HeadInputs, check_devices, check_reduction, check_tensor
+from lossops.inputs import check_devices, check_reduction, check_tensor
 from lossops.ops import check_target
-from lossops.schedules import without_autocast
-from lossops.spherical import (
+from lossops.recipes import (
     SphericalLoss,
     log_spherical_losses,
     log_taylor_losses,
     mse_losses,
+    z_losses,
+)
+from lossops.schedules import without_autocast
+from lossops.spherical import (
     positive,
     reduced_losses,
     spherical_row_losses,
     target_ids,
-    z_losses,
 )
 
 WATCH_STEPS = 8
@@ -380,13 +382,12 @@ class FactoredSphericalHead(nn.Module):
                 f"input must be floating point of shape (..., {self.dim}), "
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
-        check_devices(input, target=target, head=self.table)
+        check_devices(input, head=self.table)
         lead = input.shape[:-1]
         x = input.reshape(-1, self.dim).to(self.table.dtype)
         if x.dtype not in WIDE_ENOUGH:
             raise TypeError(f"the head must be float32 or float64, got {x.dtype}; use .float()")
-        shape_only = self.table.new_empty(self.num_classes, 0)
-        ids = target_ids(target, HeadInputs(x, shape_only, None, None, 0.0, lead), ignore_index)
+        ids = target_ids(target, input, lead, self.num_classes, ignore_index)
         check_target(ids, self.num_classes)
         with without_autocast(x.device):
             # Features may be frozen: the weight, which autograd does not see, wants its gradient.
@@ -466,9 +467,9 @@ class FactoredSphericalHead(nn.Module):
         if self.steps % every == 0:
             values, self.watched = extremes(self.factors, self.watched, self.steps // every)
             self._flag = _sent(values)
-            if self.class_group is not None:  # all ranks end an epoch at the same step
-                self._flag[1].synchronize()
-        if self._flag is None or not self._flag[1].query():
+            if self.class_group is not None and self._flag[1] is not None:
+                self._flag[1].synchronize()  # all ranks end an epoch at the same step
+        if self._flag is None or not (self._flag[1] is None or self._flag[1].query()):
             return
         worst = float(self._flag[0].max())
         self._flag = None
@@ -645,22 +646,10 @@ def _best_of_ranks(best: TopK, k: int, group: Any) -> TopK:
     return _best(k, values, ids)
 
 
-class _Ready:
-    """A value that is there already."""
-
-    @staticmethod
-    def query() -> bool:
-        return True
-
-    @staticmethod
-    def synchronize() -> None:
-        pass
-
-
 def _sent(values: Tensor) -> tuple[Tensor, Any]:
-    """Values on their way to the host, and what says whether they have arrived."""
+    """Values on their way to the host, and the event of their arrival, None on a CPU."""
     if values.device.type == "cpu":
-        return values, _Ready
+        return values, None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.device.type == "cuda")
     host.copy_(values, non_blocking=True)
     event = torch.Event(values.device)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lossops.inputs import has_target
 from lossops.reference import accumulate_dtype
 
 CLASSES = 1024
@@ -101,7 +102,7 @@ def rows_of(x: Tensor, b: Tensor | None, dtype: torch.dtype, ids: Tensor | None 
     """x̃ in ``dtype``; 0 for rows that ``ids`` (N, K) ignore, where a NaN must reach no gradient."""
     x = x.to(dtype)
     if ids is not None:
-        x = x.masked_fill((ids < 0).all(1, keepdim=True), 0.0)
+        x = x.masked_fill(~has_target(ids).unsqueeze(1), 0.0)
     return extended(x, None if b is None else x.new_ones(x.shape[:-1]))
 
 
@@ -124,7 +125,7 @@ def statistics(
     found = row_statistics(x, w, b, target, moments)
     if not checks:
         return found, moments
-    tolerance, counted = TOLERANCE[product], (target >= 0).any(1)
+    tolerance, counted = TOLERANCE[product], has_target(target)
     unsure = uncertain_rows(x, b, found, moments, product, tolerance)
     if product != wide and (unsure & counted).any():
         moments = class_moments(w, b, wide)

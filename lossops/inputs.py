@@ -78,6 +78,11 @@ def class_ids(
         raise TypeError(f"target must hold integer class ids, got {target.dtype}")
     ids = target.to(torch.int64)
     if several and target.ndim == len(lead) + 1 and target.shape[:-1] == lead:
+        if not target.shape[-1]:
+            raise ValueError(
+                f"target must have at least one column, got shape {tuple(target.shape)}; "
+                "pad with -1"
+            )
         ids = ids.reshape(-1, target.shape[-1])
         ids = torch.where(ids < -1, num_classes, ids)
         same = ids.unsqueeze(2) == ids.unsqueeze(1)  # (N, K, K)
@@ -91,6 +96,31 @@ def class_ids(
     ids = ids.reshape(-1, 1)
     ignored = ids == (-100 if ignore_index is None else ignore_index)
     return torch.where(ignored, -1, torch.where(ids < 0, num_classes, ids))
+
+
+def has_target(ids: Tensor) -> Tensor:
+    """Which rows of ids (N, K) have a target at all, (N,)."""
+    return (ids[:, 0] if ids.shape[1] == 1 else ids.amax(1)) >= 0
+
+
+def counted_rows(ids: Tensor | None) -> Tensor | None:
+    """The rows (R,) that have a target, None for all; on a CPU, where looking costs no sync."""
+    if ids is None or ids.device.type != "cpu":
+        return None
+    counted = has_target(ids).nonzero().squeeze(1)
+    return counted if counted.shape[0] < ids.shape[0] else None
+
+
+def flat_logits(logits: Tensor) -> Tensor:
+    """Checked logits as (N, V)."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 1:
+        raise TypeError(
+            "logits must be a floating point tensor (..., V), got "
+            f"{logits.dtype if isinstance(logits, Tensor) else type(logits).__name__}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError("logits must have at least one class, got shape (..., 0)")
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def class_weight(

@@ -23,6 +23,7 @@ from lossops.inputs import (
     checked_options,
     class_ids,
     class_weight,
+    has_target,
     head_inputs,
     row_weight,
 )
@@ -361,11 +362,6 @@ def row_factors(
         total = torch.full((), float(x.shape[0]), dtype=accumulate_dtype(x.dtype),
                            device=x.device)  # fmt: skip
     return u, torch.where(total == 0, torch.inf, total)  # nothing to average: loss and gradients 0
-
-
-def has_target(ids: Tensor) -> Tensor:
-    """Which rows of ids (N, K) have a target at all, (N,)."""
-    return (ids[:, 0] if ids.shape[1] == 1 else ids.amax(1)) >= 0
 
 
 def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossops import backends, reference
 from lossops.autograd import hand_out
-from lossops.inputs import HeadInputs
+from lossops.inputs import HeadInputs, counted_rows
 from lossops.ops import check_target
 from lossops.schedules import Head, Needs, one_sweep, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
@@ -84,8 +84,9 @@ class LossSweep:
         try:
             with without_autocast(x.device):
                 losses, grads = one_sweep(
-                    head, wanted, row_function, self.needs, primitives, self.rows
-                )
+                    head, wanted, row_function, self.needs, primitives, self.rows,
+                    counted_rows(self.ids),
+                )  # fmt: skip
         except _TwoSweepsError:
             return [None]
         return [losses.sum(), *(x.new_empty(0) if g is None else g for g in grads), *sums]

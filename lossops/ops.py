@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lossops import backends, gram
+from lossops.inputs import counted_rows
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
@@ -163,10 +164,7 @@ def _linear_cross_entropy(
             argmax[rows] = best
         return losses, [coefficients.get(name) for name in order]
 
-    index = None
-    if target is not None and x.device.type == "cpu" and argmax is None:
-        counted = (target[:, 0] >= 0).nonzero().squeeze(1)  # ignored rows cost nothing
-        index = counted if counted.shape[0] < x.shape[0] else None
+    index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
     wanted = [o for o in order if o not in ("shift", "max", *INDEX_OUTPUTS)]
     losses, gradients = one_sweep(
         head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index

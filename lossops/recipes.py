@@ -1,4 +1,7 @@
-"""Cross-entropy as a function of row statistics, once differentiable and once in closed form.
+"""Losses as functions of row statistics: the spherical family, and cross-entropy.
+
+The spherical losses are those of `lossops.spherical`, in the letters of its formulas. Cross-entropy
+is here once differentiable and once in closed form.
 
 With t = target, l = lse over the other classes, m the row shift and L = log(e^t + e^l), per row
 
@@ -14,9 +17,11 @@ weights, label smoothing, class probabilities and the lse² penalty are one form
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lossops.statistics import RowStatistics
@@ -123,3 +128,42 @@ def overall_argmax(values: dict[str, Tensor], target: Tensor | None) -> Tensor:
     y, z = target[:, 0], values["target"].reshape(best.shape)
     first = (z > values["max"]) | ((z == values["max"]) & (y < best)) | (best < 0)
     return torch.where(first & (y >= 0), y, best)
+
+
+SphericalLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def z_losses(
+    target: Tensor,
+    sum: Tensor,
+    sumsq: Tensor,
+    num_classes: int,
+    *,
+    a: float | Tensor = 0.1,
+    b: float | Tensor = 10.0,
+) -> Tensor:
+    """The Z-loss as a function of row statistics."""
+    mean = sum / num_classes
+    variance = sumsq / num_classes - mean.square()
+    # Logits that are all equal, up to rounding, have no standard score: it counts as 0, constant.
+    spread = variance > 1e-14 * mean.square()
+    deviation = torch.where(spread, variance, 1.0).sqrt()
+    score = torch.where(spread, (target - mean) / deviation, 0.0)
+    return F.softplus(a * (b - score)) / a
+
+
+def log_taylor_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
+    """-log of the Taylor softmax, whose weights are 1 + z + z²/2."""
+    return (num_classes + sum + sumsq / 2).log() - (1 + target + target.square() / 2).log()
+
+
+def log_spherical_losses(
+    target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int, *, eps: float | Tensor = 0.1
+) -> Tensor:
+    """-log of the spherical softmax, whose weights are z² + ε."""
+    return (sumsq + num_classes * eps).log() - (target.square() + eps).log()
+
+
+def mse_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
+    """Squared distance of the logits to the one-hot vector of the target."""
+    return sumsq - 2 * target + 1

@@ -22,22 +22,29 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lossops import backends, gram
 from lossops.autograd import LogitsStatistics, apply
 from lossops.inputs import (
-    HeadInputs,
     check_devices,
     check_reduction,
     check_tensor,
     checked_options,
     class_ids,
+    flat_logits,
+    has_target,
     head_inputs,
     row_weight,
 )
-from lossops.linear import has_target, linear_loss, reduced, row_factors
+from lossops.linear import linear_loss, reduced, row_factors
+from lossops.recipes import (
+    SphericalLoss,
+    log_spherical_losses,
+    log_taylor_losses,
+    mse_losses,
+    z_losses,
+)
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.statistics import RowStatistics, canonical, outputs
@@ -57,45 +64,8 @@ if TYPE_CHECKING:
         options: LinearLossOptions | None
 
 
-SphericalLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 MODES = ("auto", "gram", "sweep")
 NAMES = canonical(("target", "sum", "sumsq"))
-
-
-def z_losses(
-    target: Tensor,
-    sum: Tensor,
-    sumsq: Tensor,
-    num_classes: int,
-    *,
-    a: float | Tensor = 0.1,
-    b: float | Tensor = 10.0,
-) -> Tensor:
-    """The Z-loss as a function of row statistics."""
-    mean = sum / num_classes
-    variance = sumsq / num_classes - mean.square()
-    # Logits that are all equal, up to rounding, have no standard score: it counts as 0, constant.
-    spread = variance > 1e-14 * mean.square()
-    deviation = torch.where(spread, variance, 1.0).sqrt()
-    score = torch.where(spread, (target - mean) / deviation, 0.0)
-    return F.softplus(a * (b - score)) / a
-
-
-def log_taylor_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
-    """-log of the Taylor softmax, whose weights are 1 + z + z²/2."""
-    return (num_classes + sum + sumsq / 2).log() - (1 + target + target.square() / 2).log()
-
-
-def log_spherical_losses(
-    target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int, *, eps: float | Tensor = 0.1
-) -> Tensor:
-    """-log of the spherical softmax, whose weights are z² + ε."""
-    return (sumsq + num_classes * eps).log() - (target.square() + eps).log()
-
-
-def mse_losses(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
-    """Squared distance of the logits to the one-hot vector of the target."""
-    return sumsq - 2 * target + 1
 
 
 def linear_spherical_loss(
@@ -162,13 +132,13 @@ def linear_spherical_loss(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     head = head_inputs(input, linear_weight, linear_bias, None, None)
-    ids = target_ids(target, head, ignore_index)
+    (n, d), v = head.x.shape, head.w.shape[0]
+    ids = target_ids(target, input, head.lead, v, ignore_index)
+    backends.select(backend, head.x.device, head.x.dtype)  # a name that is wrong is so in any mode
     row_losses = partial(spherical_row_losses, loss_fn)
-    n, d = head.x.shape
-    v = head.w.shape[0]
     if mode == "gram" or (mode == "auto" and n * v >= d * (n + v)):
         own, average, moment, *_ = apply(GramStatistics, head.x, head.w, head.b, ids)
-        losses = row_losses(own, average, moment, ids, head.w.shape[0])
+        losses = row_losses(own, average, moment, ids, v)
         losses = losses.to(accumulate_dtype(head.x.dtype))
         return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
 
@@ -220,20 +190,14 @@ def spherical_loss(
         tensor(17.5000)
     """
     check_reduction(reduction)
-    check_tensor("logits", logits)
-    if not logits.is_floating_point() or logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(
-            "logits must be floating point of shape (..., V) with at least one class, "
-            f"got {logits.dtype} of shape {tuple(logits.shape)}"
-        )
-    z = logits.reshape(-1, logits.shape[-1])
-    head = HeadInputs(z, z.new_empty(z.shape[1], 0), None, None, 0.0, logits.shape[:-1])
-    ids = target_ids(target, head, ignore_index)
+    z = flat_logits(logits)
+    lead, v = logits.shape[:-1], z.shape[1]
+    ids = target_ids(target, logits, lead, v, ignore_index)
     chosen = backends.select(backend, z.device, z.dtype).name
     found = apply(LogitsStatistics, z, ids, None, None, list(NAMES), chosen)
-    stats = RowStatistics(dict(zip(outputs(NAMES), found, strict=True)), z.shape[1])
+    stats = RowStatistics(dict(zip(outputs(NAMES), found, strict=True)), v)
     losses = _from_statistics(partial(spherical_row_losses, loss_fn), stats, ids)
-    return reduced_losses(losses, ids, sample_weight, reduction, head.lead, head.x)
+    return reduced_losses(losses, ids, sample_weight, reduction, lead, z)
 
 
 def linear_spherical_z_loss(
@@ -547,17 +511,12 @@ class GramStatistics(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None)
 
 
-def target_ids(target: Tensor, head: HeadInputs, ignore_index: int | None) -> Tensor:
-    """Ids (N, K), -1 where there is none."""
-    check_tensor("target", target)
-    check_devices(head.x, target=target)
-    several = target.ndim == len(head.lead) + 1
-    v = head.w.shape[0]
-    if several and not target.shape[-1]:
-        raise ValueError(
-            f"target must have at least one column, got shape {tuple(target.shape)}; pad with -1"
-        )
-    return class_ids(target, head.lead, v, None if several else ignore_index, several=several)
+def target_ids(
+    target: Tensor, input: Tensor, lead: torch.Size, num_classes: int, ignore_index: int | None
+) -> Tensor:
+    """Ids (N, K), -1 where there is none, for a target (...) or (..., K) beside ``input``."""
+    check_devices(input, target=target)
+    return class_ids(target, lead, num_classes, ignore_index, several=True)
 
 
 def spherical_row_losses(

@@ -161,6 +161,14 @@ def test_units_are_positive_and_do_their_work():
     assert all(seconds(prepare(), "cpu") > 0 for prepare in ways.values())
 
 
+def test_half_precision_may_go_through_float32():
+    x, w = torch.randn(8, 16).bfloat16(), torch.randn(5000, 16).bfloat16()
+    where = problem(torch.bfloat16, shape=Shape(8, 16, 5000))
+    ways = product_ways("x", "w", where, {"x": x, "w": w})
+    assert "mm in float32 tiles" in ways
+    assert all(seconds(prepare(), "cpu") > 0 for prepare in ways.values())
+
+
 MEMORY_SETUP = """
 import torch
 

@@ -24,7 +24,8 @@ from lossops_bench.contenders import (
     FactoredHead,
     Head,
 )
-from lossops_bench.heads import LEAST_STEPS, RIVALS, ROUNDS, Work, head_rows, measure_heads, zipf
+from lossops_bench.heads import LEAST_STEPS, RIVALS, ROUNDS, Work, head_rows, measure_heads
+from lossops_bench.inputs import log_uniform
 from lossops_bench.race import HEADS, parse_entry
 from lossops_bench.race_report import race_table, write_curves
 from lossops_bench.race_train import KS, RaceOptions, race, start
@@ -99,7 +100,7 @@ def test_heads_that_do_not_fit_are_skipped_before_anything_is_allocated():
 
 
 def test_targets_follow_zipf_and_stay_in_range():
-    ids = zipf((100, 1000), V, torch.Generator().manual_seed(0))
+    ids = log_uniform((100, 1000), V, torch.Generator().manual_seed(0))
     shares = torch.bincount(ids.flatten(), minlength=V) / ids.numel()
     expected = torch.log1p(1 / torch.arange(1, V + 1)) / math.log(V + 1)
     assert (ids.min(), ids.max(), len(shares)) == (0, V - 1, V)

@@ -76,7 +76,7 @@ CALLS = {
         x, w, y, linear_bias=b, mode="gram", backend=k
     ),
     "linear_spherical_loss": lambda x, w, b, y, k: lossops.linear_spherical_loss(
-        x, w, y, lossops.spherical.log_taylor_losses, linear_bias=b, mode="sweep", backend=k
+        x, w, y, lossops.recipes.log_taylor_losses, linear_bias=b, mode="sweep", backend=k
     ),
     "spherical_z_loss": lambda x, w, b, y, k: lossops.spherical_z_loss(
         F.linear(x, w, b), y, backend=k

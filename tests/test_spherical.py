@@ -156,7 +156,8 @@ def test_features_made_from_the_weight(mode):
     torch.testing.assert_close(*found)
 
 
-def test_ignored_rows_may_hold_anything():
+@EVERY_MODE
+def test_ignored_rows_may_hold_anything(mode):
     x, w, _, y = make_inputs(9, 5, 3, torch.float32)
     x[4], y[4] = float("nan"), -100
 
@@ -164,7 +165,7 @@ def test_ignored_rows_may_hold_anything():
         return sumsq.sqrt() - target
 
     def loss(x, w):
-        return lossops.linear_spherical_loss(x, w, y, root, mode="gram")
+        return lossops.linear_spherical_loss(x, w, y, root, mode=mode)
 
     found = with_gradients(loss, x, w)
     assert all(t.isfinite().all() for t in found)
@@ -403,7 +404,9 @@ X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
          "linear_weight must have shape"),
         (lambda: lossops.linear_spherical_mse_loss(X, W, Y.unsqueeze(1)[:, :0]), ValueError,
          "at least one column"),
-        (lambda: lossops.spherical_mse_loss(Y, Y), ValueError, "logits must be floating point"),
+        (lambda: lossops.spherical_mse_loss(Y, Y), TypeError, "logits must be a floating point"),
+        (lambda: lossops.linear_spherical_mse_loss(X, W, Y, mode="gram", backend="fast"),
+         ValueError, "backend"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, words):

@@ -27,6 +27,7 @@ from typer import Option
 from lossops_bench.contenders import Contender, Head, contender
 from lossops_bench.demo import progress_bar
 from lossops_bench.figures import Figures, Row, append_rows
+from lossops_bench.inputs import log_uniform
 from lossops_bench.machine import describe_machine, free_bytes, versions
 from lossops_bench.measure import seconds
 from lossops_bench.report import plain_table
@@ -191,7 +192,7 @@ def entrant(each: Contender, work: Work, figures: HeadFigures) -> Entrant:
     figures.made = seconds(lambda: made.append(each.make(d, v, LEARNING_RATE)), "cpu")
     draw = torch.Generator().manual_seed(work.seed)
     features = [torch.randn(n, d, generator=draw) for _ in range(POOL)]
-    return Entrant(made[0], features, zipf((work.steps + 2, n), v, draw), figures)
+    return Entrant(made[0], features, log_uniform((work.steps + 2, n), v, draw), figures)
 
 
 def run_round(entrant: Entrant, index: int) -> None:
@@ -209,13 +210,6 @@ def run_round(entrant: Entrant, index: int) -> None:
     mine.spent += spent
     if not math.isfinite(entrant.loss):
         mine.reject("wrong", f"its loss became {entrant.loss}")
-
-
-def zipf(size: tuple[int, ...], classes: int, draw: torch.Generator) -> Tensor:
-    """Class ids whose logarithm is uniform: id i has a probability near 1 / (i + 1) log V."""
-    uniform = torch.rand(size, generator=draw, dtype=torch.float64)
-    ids = (uniform * math.log(classes + 1)).exp().long() - 1
-    return ids.clamp_(0, classes - 1)
 
 
 def heads_table(figures: Sequence[HeadFigures], work: Work) -> Table:

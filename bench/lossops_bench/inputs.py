@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossops_bench.case import Problem
 
-__all__ = ["normal", "pulled_features", "targets", "tiny"]
+__all__ = ["log_uniform", "normal", "pulled_features", "targets", "tiny"]
 
 
 def normal(rows: int, columns: int, std: float, problem: Problem, stream: int) -> Tensor:
@@ -28,11 +28,15 @@ def normal(rows: int, columns: int, std: float, problem: Problem, stream: int) -
 
 def targets(problem: Problem) -> Tensor:
     """(N,) class ids, log-uniform: class 0 takes about 1/16 of the rows, most classes none."""
-    shape = problem.shape
     generator = torch.Generator().manual_seed(problem.seed * 1000)
-    u = torch.rand(shape.rows, generator=generator, dtype=torch.float64)
-    ids = (u * math.log(shape.classes + 1)).exp().long() - 1
-    return ids.clamp_(0, shape.classes - 1).to(problem.device)
+    return log_uniform((problem.shape.rows,), problem.shape.classes, generator).to(problem.device)
+
+
+def log_uniform(size: tuple[int, ...], classes: int, generator: torch.Generator) -> Tensor:
+    """Class ids of any size: id i has a probability near 1 / (i + 1) log V, as by Zipf's law."""
+    u = torch.rand(size, generator=generator, dtype=torch.float64)
+    ids = (u * math.log(classes + 1)).exp().long() - 1
+    return ids.clamp_(0, classes - 1)
 
 
 def pulled_features(problem: Problem, w: Tensor, y: Tensor) -> Tensor:

@@ -5,21 +5,16 @@
 The logits are not needed: μ and σ follow from sums over classes of w and w wᵀ.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops_bench.case import Case, Cost, Problem, Rival, Tensors, Truth, Unit
-from lossops_bench.cases.linear_cross_entropy import (
-    make_inputs,
-    product_cost,
-    resident_bytes,
-    truth_flops,
-)
+from lossops_bench.case import Cost, Problem, Rival, Tensors, Truth
+from lossops_bench.cases.linear_cross_entropy import CASE as LINEAR
 from lossops_bench.inputs import tiny
-from lossops_bench.measure import product_ways
 from lossops_bench.rivals import logits_bytes, trial
 from lossops_bench.truth import some, some_classes
 
@@ -104,20 +99,15 @@ def lossops_rival(mode: str, summary: str) -> Rival:
 
 
 def _against(loss: partial[Tensor], problem: Problem) -> str | None:
-    return trial(loss, make_inputs, tiny(problem))
+    return trial(loss, LINEAR.make_inputs, tiny(problem))
 
 
-CASE = Case(
+CASE = replace(
+    LINEAR,
     name="spherical",
     summary="Z-loss of a linear head: Gram matrices, tiles and all logits",
-    make_inputs=make_inputs,
-    differentiable={"input": "dx", "linear_weight": "dw"},
-    per_row=("input", "target"),
     truth=truth,
-    truth_flops=truth_flops,
     cost=cost,
-    resident_bytes=resident_bytes,
-    unit=Unit("GEMM", partial(product_ways, "input", "linear_weight"), product_cost),
     rivals=(
         lossops_rival("gram", "lossops, from D×D matrices"),
         lossops_rival("sweep", "lossops, in tiles of logits"),
