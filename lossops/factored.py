@@ -4,11 +4,7 @@
 
 U drifts from the identity, and rows of T with it: where a singular value of U leaves its range, U
 is set aside and a new one starts at I. A row of T stays in the coordinates of the *epoch* it was
-last written in, and the product of the U's since brings it up to date when it is next touched:
-
-    s_j = t_j A_e + τ_e,   e the epoch of row j;   A_e ← A_e U, τ_e ← τ_e U + ω when an epoch ends
-
-so that an epoch's end costs E³ per epoch kept, and V E² only when the epochs are full.
+last written in (`lossops.class_table`) until it is next touched, or all are rewritten.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lossops.autograd import apply
+from lossops.class_table import ClassTable
 from lossops.factors import (
     Factors,
     Gradient,
@@ -35,7 +32,7 @@ from lossops.factors import (
     squared_norm,
     step_,
 )
-from lossops.gram import Statistics, class_moments, rows_of, wide_dtype
+from lossops.gram import Statistics, rows_of
 from lossops.inputs import check_devices, check_reduction, check_tensor
 from lossops.ops import check_target
 from lossops.recipes import (
@@ -62,10 +59,6 @@ RANGE, MOMENTUM_RANGE = 2.0, 32.0
 LOST = 1e3
 """Where a singular value means that digits were lost before the watch saw it."""
 WIDE_ENOUGH = (torch.float32, torch.float64)
-BLOCK = 8192
-"""Classes at a time where all are visited."""
-GATHERED = 64
-"""Rows brought up to date at a time where a device takes a matrix for each."""
 P = ParamSpec("P")
 R = TypeVar("R")
 SMALL = ("factor", "inverse", "offset", "mean", "gram")
@@ -93,7 +86,7 @@ def _exactly(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
 
     @functools.wraps(method)
     def run(self: Any, *arguments: P.args, **keywords: P.kwargs) -> R:
-        with torch.no_grad(), without_autocast(self.table.device):
+        with torch.no_grad(), without_autocast(self.watched.device):
             return method(self, *arguments, **keywords)
 
     return cast("Callable[Concatenate[Any, P], R]", run)
@@ -142,10 +135,6 @@ class FactoredSphericalHead(nn.Module):
         deep networks with very large sparse targets, arXiv 1412.7091.
     """
 
-    table: Tensor
-    epoch: Tensor
-    transforms: Tensor
-    shifts: Tensor
     watched: Tensor
     factor: Tensor
     inverse: Tensor
@@ -181,21 +170,13 @@ class FactoredSphericalHead(nn.Module):
         self.momentum, self.weight_decay, self.stabilize = momentum, weight_decay, stabilize
         self.loss_name = loss if isinstance(loss, str) else getattr(loss, "__name__", "callable")
         self.loss_fn = _loss_function(loss, a, b)
-        self.class_group = class_group
-        self.first_class, count = _shard(num_classes, class_group)
         self.width = dim + bias  # of w̃
         e = self.width * (2 if momentum else 1)
-        kept = min(256, max(4, math.isqrt(2 * num_classes // e)))
         like = torch.empty(0, device=device, dtype=dtype)
         if like.dtype not in WIDE_ENOUGH:
             raise TypeError(f"dtype must be float32 or float64, got {like.dtype}")
-        # One row more than classes, for targets that are padding or live on another rank.
-        self.register_buffer("table", like.new_zeros(count + 1, e))
-        self.register_buffer("epoch", torch.zeros(count + 1, dtype=torch.int16, device=device))
-        self.register_buffer("transforms", like.new_zeros(kept, e, e))
-        self.register_buffer("shifts", like.new_zeros(kept, e))
+        self.table = ClassTable(num_classes, e, class_group, like)
         self.register_buffer("watched", like.new_ones(2, e))
-        self.live = 0  # transforms in use
         self.steps, self.epochs = 0, 0  # taken, ended
         self._pending: list[Gradient] = []
         self._version = 0
@@ -208,14 +189,14 @@ class FactoredSphericalHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weight and bias uniform in ±1/√D, as `torch.nn.Linear`; no velocity."""
-        self.table.zero_()
+        self.table.rows.zero_()
         bound = 1 / math.sqrt(self.dim)
-        nn.init.uniform_(self.table[:-1, : self.width], -bound, bound)
+        nn.init.uniform_(self.table.rows[:-1, : self.width], -bound, bound)
         self._restart()
 
     def load_dense(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take a weight (V, D) and bias (V,), of this rank's classes; no velocity."""
-        shape = (len(self.table) - 1, self.dim)
+        shape = (self.table.count, self.dim)
         fits = bias is None or bias.shape == shape[:1]
         if weight.shape != shape or (bias is not None) != self.bias or not fits:
             raise ValueError(
@@ -223,39 +204,21 @@ class FactoredSphericalHead(nn.Module):
                 f"(bias={self.bias}), got {tuple(weight.shape)} and "
                 f"{'a' if bias is not None else 'no'} bias"
             )
-        self.table.zero_()
-        self.table[:-1, : self.dim] = weight.detach()
+        rows = self.table.rows.zero_()
+        rows[:-1, : self.dim] = weight.detach()
         if bias is not None:
-            self.table[:-1, self.dim] = bias.detach()
+            rows[:-1, self.dim] = bias.detach()
         self._restart()
 
     def _restart(self) -> None:
         """The table is the state itself: U = I, and exact moments."""
-        self.table[-1].zero_()
-        self.epoch.zero_()
+        self.table.restart()
         self.watched.fill_(1)
-        self.live, self._flag = 0, None
+        self._flag = None
         self._pending.clear()
         self._version += 1
-        moments = class_moments(self.table[:-1], None, wide_dtype(self.table.device))
-        mean, gram = moments
-        if self.class_group is not None:
-            mean, gram = self._reduced_moments(mean, gram)
-        self._keep(fresh_factors(mean, gram, self.table.dtype))
-
-    def _reduced_moments(self, mean: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of all classes from those of each rank's."""
-        count = len(self.table) - 1
-        total = self._all_reduce(mean * count) / self.num_classes
-        away = mean - total
-        return total, self._all_reduce(gram + count * torch.outer(away, away))
-
-    def _all_reduce(self, tensor: Tensor) -> Tensor:
-        import torch.distributed as dist
-
-        if self.class_group is not None:
-            dist.all_reduce(tensor, group=self.class_group)
-        return tensor
+        moments = self.table.moments(self.table.rows[:-1])
+        self._keep(fresh_factors(*moments, self.watched.dtype))
 
     @property
     def factors(self) -> Factors:
@@ -267,12 +230,12 @@ class FactoredSphericalHead(nn.Module):
             setattr(self, name, tensor)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Transforms in use, steps taken and epochs ended."""
-        return {"live": self.live, "steps": self.steps, "epochs": self.epochs}
+        """Steps taken and epochs ended."""
+        return {"steps": self.steps, "epochs": self.epochs}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """What `get_extra_state` returned."""
-        self.live, self.steps, self.epochs = state["live"], state["steps"], state["epochs"]
+        self.steps, self.epochs = state["steps"], state["epochs"]
         self._pending.clear()
         self._version += 1
         self._flag = None
@@ -282,7 +245,7 @@ class FactoredSphericalHead(nn.Module):
         wide = {name: getattr(self, name) for name in ("mean", "gram")}
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in wide.items():
-            setattr(self, name, tensor.to(self.table.device))
+            setattr(self, name, tensor.to(self.watched.device))
         return moved
 
     @_exactly
@@ -295,10 +258,8 @@ class FactoredSphericalHead(nn.Module):
     @_exactly
     def dense(self, out: Tensor | None = None) -> Tensor:
         """The weight (V, D), of this rank's classes; written to ``out`` where given."""
-        count = len(self.table) - 1
-        out = self.table.new_empty(count, self.dim) if out is None else out
-        for start in range(0, count, BLOCK):
-            block = slice(start, min(start + BLOCK, count))
+        out = self.watched.new_empty(self.table.count, self.dim) if out is None else out
+        for block in self.table.blocks():
             out[block] = self._state_rows(block)[:, : self.dim]
         return out
 
@@ -306,62 +267,16 @@ class FactoredSphericalHead(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows (..., D) of the weight for class ids (...), without gradient."""
         check_target(torch.where(ids < 0, self.num_classes, ids), self.num_classes)
-        base = self._base(self._local(ids.reshape(-1)))
-        state = base @ self.factor + self.offset
+        state = torch.addmm(self.offset, self.table.gathered(ids.reshape(-1)), self.factor)
         return state[:, : self.dim].reshape(*ids.shape, self.dim)
 
     def _dense_state(self) -> Tensor:
         """S of this rank's classes, (V, E)."""
-        count = len(self.table) - 1
-        parts = [
-            self._state_rows(slice(start, min(start + BLOCK, count)))
-            for start in range(0, count, BLOCK)
-        ]
-        return torch.cat(parts)
+        return torch.cat([self._state_rows(block) for block in self.table.blocks()])
 
     def _state_rows(self, block: slice) -> Tensor:
         """S of a range of this rank's classes, (B, E)."""
-        return torch.addmm(self.offset, self._current(block), self.factor)
-
-    def _local(self, ids: Tensor) -> Tensor:
-        """Rows of the table for class ids; its last row where there is none on this rank."""
-        last = len(self.table) - 1
-        local = ids - self.first_class
-        return torch.where((ids < 0) | (local < 0) | (local >= last), last, local)
-
-    def _base(self, local: Tensor) -> Tensor:
-        """Table rows in the coordinates of the current epoch, of all ranks, (N, E)."""
-        found = self._current(local)
-        if self.class_group is None:
-            return found
-        found = found.masked_fill((local == len(self.table) - 1).unsqueeze(1), 0.0)
-        return self._all_reduce(found)
-
-    def _current(self, rows: slice | Tensor) -> Tensor:
-        """Table rows in the coordinates of the current epoch, (N, E)."""
-        found, epochs = self.table[rows], self.epoch[rows]
-        if not self.live:
-            return found
-        if isinstance(rows, slice):
-            found = found.clone()
-        if self.table.device.type == "cpu":  # few epochs among many rows
-            for e in epochs.unique().tolist():
-                if e < self.live:
-                    stale = (epochs == e).nonzero().squeeze(1)
-                    found[stale] = torch.addmm(self.shifts[e], found[stale], self.transforms[e])
-            return found
-        return self._current_without_sync(found, epochs)
-
-    def _current_without_sync(self, found: Tensor, epochs: Tensor) -> Tensor:
-        """A matrix gathered for every row, whatever its epoch: nothing is read back."""
-        parts = []
-        for part, numbers in zip(found.split(GATHERED), epochs.split(GATHERED), strict=True):
-            at = numbers.long().clamp_max(self.live - 1)
-            moved = torch.baddbmm(
-                self.shifts[at].unsqueeze(1), part.unsqueeze(1), self.transforms[at]
-            ).squeeze(1)
-            parts.append(torch.where((numbers < self.live).unsqueeze(1), moved, part))
-        return torch.cat(parts)
+        return torch.addmm(self.offset, self.table.current(block), self.factor)
 
     # Training
 
@@ -382,9 +297,9 @@ class FactoredSphericalHead(nn.Module):
                 f"input must be floating point of shape (..., {self.dim}), "
                 f"got {input.dtype} of shape {tuple(input.shape)}"
             )
-        check_devices(input, head=self.table)
+        check_devices(input, head=self.watched)
         lead = input.shape[:-1]
-        x = input.reshape(-1, self.dim).to(self.table.dtype)
+        x = input.reshape(-1, self.dim).to(self.watched.dtype)
         if x.dtype not in WIDE_ENOUGH:
             raise TypeError(f"the head must be float32 or float64, got {x.dtype}; use .float()")
         ids = target_ids(target, input, lead, self.num_classes, ignore_index)
@@ -418,15 +333,13 @@ class FactoredSphericalHead(nn.Module):
         gradient = joined(self._pending)
         self._pending.clear()
         self._version += 1
-        with without_autocast(self.table.device):
+        with without_autocast(self.watched.device):
             added = step_(
                 self.factors, gradient, self.num_classes, lr, self.momentum, self.weight_decay
             )
-            local = self._local(gradient.ids.flatten())
-            e = self.table.shape[1]
-            self.table.index_copy_(0, local, gradient.base.reshape(-1, e))
-            self.epoch[local] = self.live
-            self.table.index_put_((local,), added.reshape(-1, e), accumulate=True)
+            self.table.write(
+                gradient.ids.flatten(), gradient.base.flatten(0, 1), added.flatten(0, 1)
+            )
             self.steps += 1
             if self.stabilize:
                 self._watch(self._watch_steps(lr))
@@ -467,7 +380,7 @@ class FactoredSphericalHead(nn.Module):
         if self.steps % every == 0:
             values, self.watched = extremes(self.factors, self.watched, self.steps // every)
             self._flag = _sent(values)
-            if self.class_group is not None and self._flag[1] is not None:
+            if self.table.group is not None and self._flag[1] is not None:
                 self._flag[1].synchronize()  # all ranks end an epoch at the same step
         if self._flag is None or not (self._flag[1] is None or self._flag[1].query()):
             return
@@ -486,15 +399,10 @@ class FactoredSphericalHead(nn.Module):
     def _end_epoch(self) -> None:
         """Start again at U = I; rows are brought up to date when they are next touched."""
         self.epochs += 1
-        if self.live == len(self.transforms):
+        if self.table.full:
             return self.refactor()
-        u, offset = self.factor, self.offset
-        for e in range(self.live):
-            self.transforms[e] = self.transforms[e] @ u
-            self.shifts[e] = self.shifts[e] @ u + offset
-        self.transforms[self.live], self.shifts[self.live] = u, offset
-        self.live += 1
-        self._keep(fresh_factors(self.mean, self.gram, self.table.dtype))
+        self.table.end_epoch(self.factor, self.offset)
+        self._keep(fresh_factors(self.mean, self.gram, self.watched.dtype))
         return None
 
     @_exactly
@@ -502,18 +410,14 @@ class FactoredSphericalHead(nn.Module):
         """Make the table the state itself, U = I, and the moments exact again; O(V E²)."""
         if self._pending:
             raise RuntimeError("refactor() would lose gradients that wait for a step; step() first")
-        for start in range(0, len(self.table) - 1, BLOCK):
-            block = slice(start, min(start + BLOCK, len(self.table) - 1))
-            self.table[block] = self._state_rows(block)
+        for block in self.table.blocks():
+            self.table.rows[block] = self._state_rows(block)
         self._restart()
 
     @_exactly
     def check(self) -> Drift:
         """How far mean, Gram matrix and inverse have drifted from the table; O(V E²)."""
-        state = self._dense_state()
-        mean, gram = class_moments(state, None, wide_dtype(state.device))
-        if self.class_group is not None:
-            mean, gram = self._reduced_moments(mean, gram)
+        mean, gram = self.table.moments(self._dense_state())
         spread = torch.linalg.matrix_norm(gram)
         values = torch.linalg.svdvals(self.factor.double())
         off = self.factor.double() @ self.inverse.double().T
@@ -535,19 +439,18 @@ class FactoredSphericalHead(nn.Module):
 
         V D multiply-adds per row, and V D² per call once an epoch has ended, until `refactor`.
         """
-        last = len(self.table) - 1
         x = rows_of(input.reshape(-1, self.dim), self.offset if self.bias else None,
-                    self.table.dtype)  # fmt: skip
-        best = TopK(x.new_empty(len(x), 0), self.epoch.new_empty(len(x), 0, dtype=torch.int64))
+                    self.watched.dtype)  # fmt: skip
+        best = TopK(x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64,
+                                                        device=x.device))  # fmt: skip
         across = x @ self.factor[:, : self.width].T  # (N, E): logits are t_j of this
         level = x @ self.offset[: self.width]
-        for start in range(0, last, BLOCK):
-            block = slice(start, min(start + BLOCK, last))
-            z = torch.addmm(level.unsqueeze(1), across, self._current(block).T)
-            ids = torch.arange(block.start, block.stop, device=x.device) + self.first_class
+        for block in self.table.blocks():
+            z = torch.addmm(level.unsqueeze(1), across, self.table.current(block).T)
+            ids = torch.arange(block.start, block.stop, device=x.device) + self.table.first
             best = _best(k, (best.values, z), (best.indices, ids.expand(len(x), -1)))
-        if self.class_group is not None:
-            best = _best_of_ranks(best, k, self.class_group)
+        if self.table.group is not None:
+            best = _best_of_ranks(best, k, self.table.group)
         lead = (*input.shape[:-1], -1)
         return TopK(best.values.reshape(lead), best.indices.reshape(lead))
 
@@ -572,7 +475,7 @@ class _HeadStatistics(torch.autograd.Function):
         slot: list[Gradient],
     ) -> tuple[Any, ...]:
         rows = rows_of(x, x[:0] if head.bias else None, x.dtype, ids)
-        base = head._base(head._local(ids.flatten())).reshape(*ids.shape, head.table.shape[1])
+        base = head.table.gathered(ids.flatten()).unflatten(0, ids.shape)
         found, own, product = row_statistics(head.factors, rows, base, ids >= 0)
         ctx.head, ctx.version, ctx.slot = head, head._version, slot
         ctx.save_for_backward(rows, ids, base, own, product, found.average)
@@ -615,19 +518,6 @@ def _loss_function(loss: str | SphericalLoss, a: float, b: float) -> SphericalLo
     if loss not in named:
         raise ValueError(f"loss must be callable or one of {', '.join(named)}, got {loss!r}")
     return named[loss]
-
-
-def _shard(num_classes: int, group: Any) -> tuple[int, int]:
-    """First class and number of classes of this rank; the first ranks take the remainder."""
-    if group is None:
-        return 0, num_classes
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    share, rest = divmod(num_classes, size)
-    if not share:
-        raise ValueError(f"class_group has {size} ranks for {num_classes} classes; use fewer")
-    return rank * share + min(rank, rest), share + (rank < rest)
 
 
 def _best(k: int, values: tuple[Tensor, ...], ids: tuple[Tensor, ...]) -> TopK:

@@ -38,7 +38,7 @@ class FactoredSGD(torch.optim.Optimizer):
         if lr < 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         self.head = head
-        super().__init__([head.table], {"lr": lr})
+        super().__init__([head.table.rows], {"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the head."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import lossops
-from lossops import factored, factors
+from lossops import class_table, factored, factors
 
 RATES = {"z": 0.3, "mse": 2e-3, "taylor": 0.05, "spherical": 0.02}
 EVERY_LOSS = pytest.mark.parametrize("loss", RATES)
@@ -42,7 +43,7 @@ class Pair:
 
     def losses(self, x, y, **options):
         """Both losses, and both gradients of x, after both backwards."""
-        ours = x.detach().to(self.head.table.dtype, copy=True).requires_grad_()
+        ours = x.detach().to(self.head.watched.dtype, copy=True).requires_grad_()
         theirs = x.detach().clone().requires_grad_()
         loss = self.head(ours, y, **options)
         expected = lossops.linear_spherical_loss(
@@ -143,14 +144,16 @@ def test_epochs_that_end_in_every_step(momentum, monkeypatch):
     seen = set()
     for _ in range(43):
         pair.train(1, 8)
-        seen.add(pair.head.live)
-    assert seen == set(range(len(pair.head.transforms) + 1)), "an epoch per step, up to all of them"
+        seen.add(pair.head.table.live)
+    assert seen == set(range(len(pair.head.table.transforms) + 1)), (
+        "an epoch per step, up to all of them"
+    )
     assert pair.error() <= 1e-12
     ids = torch.arange(300)
-    head = pair.head
-    assert len(head.epoch.unique()) > 2
-    here = head._current(ids)
-    there = head._current_without_sync(head.table[ids], head.epoch[ids])
+    head, table = pair.head, pair.head.table
+    assert len(table.epoch.unique()) > 2
+    here = table.current(ids)
+    there = table.current_without_sync(table.rows[ids], table.epoch[ids])
     torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(head.rows(ids), pair.dense.weight.detach(), rtol=1e-10, atol=1e-12)
 
@@ -275,14 +278,14 @@ def test_it_resumes_bit_for_bit(dtype, tmp_path, monkeypatch):
             head.step(0.2)
 
     train(head, 30, seed=1)
-    assert head.live
+    assert head.table.live
     torch.save(head.state_dict(), tmp_path / "head.pt")
     other = lossops.FactoredSphericalHead(6, 80, momentum=0.9, dtype=dtype)
     other.load_state_dict(torch.load(tmp_path / "head.pt"))
     for each in (head, other):
         train(each, 30, seed=2)
     for name, tensor in head.state_dict().items():
-        if name != "_extra_state":
+        if not name.endswith("_extra_state"):
             assert torch.equal(tensor, other.state_dict()[name]), name
 
 
@@ -302,11 +305,11 @@ def test_into_and_out_of_a_linear_layer():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_largest_logits(bias, monkeypatch):
-    monkeypatch.setattr(factored, "BLOCK", 16)
+    monkeypatch.setattr(class_table, "BLOCK", 16)
     monkeypatch.setattr(factored, "RANGE", 1.01)
     pair = Pair(6, 50, 0.5, bias=bias)
     pair.train(30, 8)
-    assert pair.head.live
+    assert pair.head.table.live
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     values, ids = pair.head.topk(x, 7)
     expected = torch.topk(pair.dense(x), 7)
@@ -392,7 +395,7 @@ def test_a_step_between_forward_and_backward_is_refused():
 
 def test_moving_keeps_the_gram_matrix_wide():
     head = lossops.FactoredSphericalHead(6, 50).double().float()
-    assert head.table.dtype == torch.float32
+    assert head.table.rows.dtype == torch.float32
     assert head.gram.dtype == torch.float64
     assert not list(head.parameters())
 
@@ -435,13 +438,18 @@ def _sharded_run(momentum, group):
     head = lossops.FactoredSphericalHead(
         4, 31, momentum=momentum, class_group=group, dtype=torch.float64
     )
-    first, count = head.first_class, len(head.table) - 1
-    head.load_dense(weight[first : first + count])
+    table = head.table
+    head.load_dense(weight[table.first : table.first + table.count])
     torch.manual_seed(6)
-    for _ in range(40):
-        x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(31, (6, 2))
-        head(x, y).backward()
-        head.step(0.3)
+    with (
+        mock.patch.object(factored, "MOMENTUM_RANGE", 4.0),
+        mock.patch.object(factored, "RANGE", 1.0),
+    ):
+        for _ in range(44):
+            x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(31, (6, 2))
+            head(x, y).backward()
+            head.step(0.3)
+    assert head.table.live, "rows of several epochs"
     return head, x
 
 
