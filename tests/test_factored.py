@@ -441,15 +441,13 @@ def _sharded_run(momentum, group):
     table = head.table
     head.load_dense(weight[table.first : table.first + table.count])
     torch.manual_seed(6)
-    with (
-        mock.patch.object(factored, "MOMENTUM_RANGE", 4.0),
-        mock.patch.object(factored, "RANGE", 1.0),
-    ):
-        for _ in range(44):
+    with mock.patch.multiple(factored, MOMENTUM_RANGE=4.0, RANGE=1.0):
+        for _ in range(52):  # until the table has been rewritten once
             x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(31, (6, 2))
             head(x, y).backward()
             head.step(0.3)
-    assert head.table.live, "rows of several epochs"
+    assert head.epochs > len(table.transforms)
+    assert table.live, "rows of several epochs"
     return head, x
 
 
