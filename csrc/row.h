@@ -33,9 +33,12 @@ struct ScalarLane {
   using Scalar = S;
   static LOSSOPS_LANE S select(bool mask, S yes, S no) { return mask ? yes : no; }
   static LOSSOPS_LANE S at_least(S x, S floor) { return x < floor ? floor : x; }  // keeps NaN
+  static LOSSOPS_LANE S at_most(S x, S roof) { return x > roof ? roof : x; }
   static LOSSOPS_LANE S fma(S a, S b, S c) { return a * b + c; }
   static LOSSOPS_LANE S abs(S x) { return std::fabs(x); }
   static LOSSOPS_LANE S tanh(S x) { return std::tanh(x); }
+  static LOSSOPS_LANE S log(S x) { return std::log(x); }
+  static LOSSOPS_LANE S pow(S x, S y) { return std::pow(x, y); }
 };
 
 // 2^{-k} e^x for a float x below (k + 127) ln 2, 0 at or below `floor` = k ln 2 - 88: relative
@@ -121,6 +124,63 @@ LOSSOPS_LANE L sigmoid(const L& z) {
   const L e = Lane<L>::exp(L(0) - Lane<L>::abs(z));
   return Lane<L>::select(z < L(0), e, L(1)) / (L(1) + e);
 }
+
+// What one negative logit adds to a loss that is a sum over single logits, and the derivative.
+template <typename L>
+struct Addend {
+  L value, slope;
+};
+
+// softplus(z), σ(z)
+template <typename L>
+struct SigmoidTerm {
+  LOSSOPS_LANE Addend<L> operator()(const L& z) const {
+    using A = Lane<L>;
+    const L e = A::exp(L(0) - A::abs(z));
+    return {A::at_least(z, L(0)) + A::log1p(e), A::select(z < L(0), e, L(1)) / (L(1) + e)};
+  }
+};
+
+// max(z - margin, 0)
+template <typename L>
+struct HingeTerm {
+  L margin;
+
+  LOSSOPS_LANE Addend<L> operator()(const L& z) const {
+    const L above = z - margin;
+    return {
+        Lane<L>::at_least(above, L(0)),
+        Lane<L>::select(above > L(0), L(1), Lane<L>::at_least(above, L(0)) * L(0))};  // keeps NaN
+  }
+};
+
+// -m^γ log(1 - m), m = max(σ(z) - clip, 0); with `detached` the factor m^γ is a constant.
+template <typename L>
+struct AsymmetricTerm {
+  typename Lane<L>::Scalar gamma, clip;
+  bool detached;
+
+  LOSSOPS_LANE Addend<L> operator()(const L& z) const {
+    using A = Lane<L>;
+    const L e = A::exp(L(0) - A::abs(z)), both = L(1) / (L(1) + e);
+    const L p = A::select(z < L(0), e, L(1)) * both, q = A::select(z < L(0), L(1), e) * both;
+    const L m = p - L(clip), rest = A::at_most(q + L(clip), L(1));  // rest = 1 - m
+    // The logarithm of q itself would underflow.
+    const L log_rest = clip == 0 ? L(0) - (A::at_least(z, L(0)) + A::log1p(e)) : A::log(rest);
+    const L safe = A::select(m > L(0), m, L(1)), focus = power(safe);
+    L slope = clip == 0 ? focus * p : focus * p * q / rest;
+    if (!detached && gamma != 0) slope = slope - L(gamma) * focus / safe * p * q * log_rest;
+    const L none = m * L(0);  // NaN stays NaN
+    return {A::select(m > L(0), (L(0) - focus) * log_rest, none), A::select(m > L(0), slope, none)};
+  }
+
+  LOSSOPS_LANE L power(const L& m) const {
+    if (gamma != static_cast<int>(gamma) || gamma > 8) return Lane<L>::pow(m, L(gamma));
+    L product(1);
+    for (int i = 0; i < static_cast<int>(gamma); ++i) product = product * m;
+    return product;
+  }
+};
 
 // Σ e^{t rel} and, for t = 1, Σ e^{rel} rel under a shift that grows: both are kept relative to it.
 struct SoftmaxSums {

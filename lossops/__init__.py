@@ -9,7 +9,20 @@ from lossops.cross_entropy import (
 )
 from lossops.factored import FactoredSphericalHead
 from lossops.linear import linear_loss, linear_statistics
-from lossops.modules import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb, LinearLoss
+from lossops.modules import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LinearLogProb,
+    LinearLoss,
+    SigmoidPairwiseLoss,
+    SoftmaxPairwiseLoss,
+)
+from lossops.multilabel import (
+    linear_asymmetric_loss,
+    linear_binary_cross_entropy,
+    linear_cosine_contrastive_loss,
+)
+from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
 from lossops.schedules import LinearLossOptions
 from lossops.spherical import (
     linear_log_spherical_softmax_loss,
@@ -36,7 +49,12 @@ __all__ = [
     "LinearLoss",
     "LinearLossOptions",
     "RowStatistics",
+    "SigmoidPairwiseLoss",
+    "SoftmaxPairwiseLoss",
     "cross_entropy",
+    "linear_asymmetric_loss",
+    "linear_binary_cross_entropy",
+    "linear_cosine_contrastive_loss",
     "linear_cross_entropy",
     "linear_log_prob",
     "linear_log_spherical_softmax_loss",
@@ -49,6 +67,8 @@ __all__ = [
     "log_spherical_softmax_loss",
     "log_taylor_softmax_loss",
     "optim",
+    "sigmoid_pairwise_loss",
+    "softmax_pairwise_loss",
     "spherical_loss",
     "spherical_mse_loss",
     "spherical_z_loss",

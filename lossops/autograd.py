@@ -82,7 +82,7 @@ class LinearStatistics(torch.autograd.Function):
         else:
             found = apply(StatisticsGradient, *tensors, *ctx.static, needs, *stats, *coefficients)
         kept = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
-        kept[3] = _like_scale(kept[3], tensors[3])
+        kept[3] = like_scale(kept[3], tensors[3])
         return (*kept, *(None,) * 6)
 
 
@@ -237,14 +237,18 @@ def hand_out(
 
 
 class ScaledGradients(torch.autograd.Function):
-    """Gradients of one sweep times g, differentiable again through the reference."""
+    """Gradients of one sweep times g, differentiable again through the reference.
+
+    A g with one value per row is in the buffers already.
+    """
 
     @staticmethod
     def forward(
         value: Value, needs: Sequence[bool], g: Tensor, *tensors: Optional
     ) -> tuple[Optional, ...]:
         inputs, buffers = tensors[:4], tensors[4:]
-        return scaled(inputs, needs, g, buffers, inplace=False)  # type: ignore[arg-type]
+        factor = g.new_ones(()) if g.ndim else g
+        return scaled(inputs, needs, factor, buffers, inplace=False)  # type: ignore[arg-type]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Optional, ...]) -> None:
@@ -279,11 +283,12 @@ def scaled(
         assert factor is not None
         product = buffer.mul_(factor) if inplace else buffer * factor
         found.append(product.to(t.dtype))
-    found[3] = _like_scale(found[3], scale)
+    found[3] = like_scale(found[3], scale)
     return tuple(found)
 
 
-def _like_scale(dscale: Optional, scale: Optional) -> Optional:
+def like_scale(dscale: Optional, scale: Optional) -> Optional:
+    """The gradient of the scale in the scale's dtype and shape."""
     return None if dscale is None or scale is None else dscale.to(scale.dtype).reshape(scale.shape)
 
 

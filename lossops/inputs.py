@@ -85,8 +85,9 @@ def class_ids(
             )
         ids = ids.reshape(-1, target.shape[-1])
         ids = torch.where(ids < -1, num_classes, ids)
-        same = ids.unsqueeze(2) == ids.unsqueeze(1)  # (N, K, K)
-        again = same.tril(-1).any(2)
+        ordered, order = ids.sort(dim=1, stable=True)
+        again = torch.zeros_like(ids, dtype=torch.bool)
+        again.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
         return torch.where(again, -1, ids)
     if target.shape != lead:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lossops.cross_entropy import cross_entropy, linear_cross_entropy, linear_log_prob
 from lossops.linear import linear_loss
+from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
 
 
 class _LinearHead(nn.Module):
@@ -177,3 +178,105 @@ class CrossEntropyLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Any:
         """Loss of ``logits`` (..., V) and ``target``."""
         return cross_entropy(logits, target, weight=self.weight, **self.options)
+
+
+class _PairwiseLoss(nn.Module):
+    """Logit scale and bias of a loss over pairs: given to each call, or owned."""
+
+    def __init__(self, log_scale: float, bias: float | None, learnable: bool, **options: Any):
+        super().__init__()
+        self.learnable, self.options = learnable, options
+        self.log_scale: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if learnable:
+            self.log_scale = nn.Parameter(torch.tensor(log_scale))
+            self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def _scale(self, given: float | Tensor | None) -> float | Tensor:
+        if self.log_scale is not None:
+            if given is not None:
+                raise ValueError("logit_scale is the module's own (learnable=True); pass none")
+            return self.log_scale.exp()
+        if given is None:
+            raise ValueError("logit_scale must be given, or owned by the module: learnable=True")
+        return given
+
+    def extra_repr(self) -> str:
+        """Options."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"learnable={self.learnable}{options}"
+
+
+class SigmoidPairwiseLoss(_PairwiseLoss):
+    """`lossops.sigmoid_pairwise_loss`, called as open_clip's ``SigLipLoss``.
+
+    Args:
+        learnable: whether the module owns log t, from log 10, and b, from -10; otherwise both come
+            with each call. Default: ``False``.
+        options: keywords of `lossops.sigmoid_pairwise_loss`.
+
+    Example:
+        >>> import torch, lossops
+        >>> loss = lossops.SigmoidPairwiseLoss(learnable=True)
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> loss(x, w).backward()
+        >>> sorted(name for name, _ in loss.named_parameters())
+        ['bias', 'log_scale']
+    """
+
+    def __init__(self, *, learnable: bool = False, **options: Any) -> None:
+        super().__init__(math.log(10.0), -10.0, learnable, **options)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Loss of (N, D) and (M, D), in a dict as ``contrastive_loss`` where asked."""
+        if self.bias is not None and logit_bias is not None:
+            raise ValueError("logit_bias is the module's own (learnable=True); pass none")
+        bias = logit_bias if self.bias is None else self.bias
+        loss = sigmoid_pairwise_loss(
+            image_features, text_features, self._scale(logit_scale), bias,
+            **{**self.options, **options},
+        )  # fmt: skip
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SoftmaxPairwiseLoss(_PairwiseLoss):
+    """`lossops.softmax_pairwise_loss`, called as open_clip's ``ClipLoss``.
+
+    Args:
+        learnable: whether the module owns log t, from log(1 / 0.07); otherwise t comes with each
+            call. Default: ``False``.
+        options: keywords of `lossops.softmax_pairwise_loss`.
+
+    Example:
+        >>> import torch, lossops
+        >>> loss = lossops.SoftmaxPairwiseLoss(label_smoothing=0.1)
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> loss(x, w, logit_scale=10.0, output_dict=True)["contrastive_loss"].shape
+        torch.Size([])
+    """
+
+    def __init__(self, *, learnable: bool = False, **options: Any) -> None:
+        super().__init__(math.log(1 / 0.07), None, learnable, **options)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Loss of (N, D) and (M, D); a common bias would cancel and is not used."""
+        loss = softmax_pairwise_loss(
+            image_features, text_features, self._scale(logit_scale), **{**self.options, **options}
+        )
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -299,7 +299,9 @@ def _fake_gram_gradient(
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in found)
 
 
-def _in_full_precision(implementation: Callable[..., object]) -> Callable[..., object]:
+def in_full_precision(implementation: Callable[..., object]) -> Callable[..., object]:
+    """The implementation of an op without autocast inside."""
+
     @functools.wraps(implementation)
     def run(x: Tensor, *arguments: object) -> object:
         with without_autocast(x.device):
@@ -317,5 +319,5 @@ for _name, _implementation, _fake in (
     ("gram_statistics", _gram_statistics, _fake_gram_statistics),
     ("gram_gradient", _gram_gradient, _fake_gram_gradient),
 ):
-    library.impl(_name, _in_full_precision(_implementation), "CompositeExplicitAutograd")
+    library.impl(_name, in_full_precision(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lossops::{_name}", _fake, lib=library)

@@ -129,7 +129,7 @@ def linear_chunk_gradient(
     """
     acc = buffer.dtype
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    for rows in _row_blocks(x.shape[0], w.shape[0], BLOCK):
+    for rows in row_blocks(x.shape[0], w.shape[0], BLOCK):
         z = buffer[rows]
         part = _negatives_gradient(z, *_spec_at(rows, spec))
         if softcap:
@@ -185,7 +185,7 @@ def linear_gradient(
         tile = slice(c, c + size)
         wt = w[tile].to(acc)
         z = linear_logits(x, w[tile], None if b is None else b[tile], scale, softcap)
-        inside = None if target is None else _within(target, c, wt.shape[0])
+        inside = None if target is None else within(target, c, wt.shape[0])
         vector = None if class_vector is None else class_vector[tile]
         taught = None if teacher is None else teacher[:, tile]
         dz = _negatives_gradient(z, inside, vector, taught, *spec[3:], w.shape[0], c)
@@ -231,7 +231,7 @@ def _block_statistics(
     n, v = z.shape
     mask = torch.zeros_like(z, dtype=torch.bool)
     if target is not None:
-        mask = _target_mask(target, n, v)
+        mask = target_mask(target, n, v)
     negatives = z.masked_fill(mask, -torch.inf)
     top = negatives.detach().amax(1) if v else z.new_full((n,), -torch.inf)
     m = torch.where(top.isfinite(), top, 0.0)  # (N,)
@@ -241,15 +241,11 @@ def _block_statistics(
     for name in names:
         if name == "target":
             assert target is not None
-            found["target"] = _gather(rel, target)
+            found["target"] = gather(rel, target)
         elif name == "lse":
-            found["lse"] = _logsumexp(neg)
+            found["lse"] = logsumexp(neg)
         elif name == "entropy":
-            q = (
-                (neg - _logsumexp(neg).unsqueeze(1))
-                .masked_fill(neg == -torch.inf, -torch.inf)
-                .exp()
-            )
+            q = (neg - logsumexp(neg).unsqueeze(1)).masked_fill(neg == -torch.inf, -torch.inf).exp()
             found["mean"] = (q * neg.masked_fill(q == 0, 0.0)).sum(1)
         elif name == "max":
             found["max"], found["argmax"] = _largest(neg)
@@ -260,7 +256,7 @@ def _block_statistics(
             )
         elif name == "below_target":
             assert target is not None
-            above = neg.detach() >= _gather(rel.detach(), target[:, :1])
+            above = neg.detach() >= gather(rel.detach(), target[:, :1])
             found["below_target"], found["below_target_index"] = _largest(
                 neg.masked_fill(above, -torch.inf)
             )
@@ -280,7 +276,7 @@ def _block_statistics(
             masked = (t == 0) & (rel == -torch.inf)  # elsewhere z is the gradient of t, even at 0
             found["teacher"] = (rel.masked_fill(masked, 0.0) * t).sum(1)
         else:
-            found[name] = _logsumexp(neg * temperature(name))
+            found[name] = logsumexp(neg * temperature(name))
     return [found[name] for name in outputs(names)]
 
 
@@ -296,7 +292,7 @@ def logits_gradient(
 ) -> None:
     """dz (N, V) of logits that exist, targets included, into ``out``, which may be ``z`` itself."""
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    for rows in _row_blocks(z.shape[0], z.shape[1], BLOCK):
+    for rows in row_blocks(z.shape[0], z.shape[1], BLOCK):
         part = _spec_at(rows, spec)
         dz = _negatives_gradient(z[rows].to(accumulate_dtype(z.dtype)), *part)
         if target is not None:
@@ -406,13 +402,13 @@ def _negatives_gradient(
     for name in ("max", "runner_up", "below_target"):
         if (c := coef.get(name)) is not None:
             ids = stat[STATISTICS[name].outputs[1]].unsqueeze(1)
-            local = _within(ids, first_class, v)
+            local = within(ids, first_class, v)
             at = c.unsqueeze(1).masked_fill(local < 0, 0.0)
             dz.scatter_add_(1, local.clamp_min(0), at)
-    return dz if target is None else dz.masked_fill_(_target_mask(target, n, v), 0.0)
+    return dz if target is None else dz.masked_fill_(target_mask(target, n, v), 0.0)
 
 
-def _row_blocks(n: int, v: int, size: int) -> Iterator[slice]:
+def row_blocks(n: int, v: int, size: int) -> Iterator[slice]:
     """Slices of rows of at most ``size`` logits; one empty slice where there are no rows."""
     step = max(1, size // max(v, 1))
     for start in range(0, max(n, 1), step):
@@ -421,7 +417,7 @@ def _row_blocks(n: int, v: int, size: int) -> Iterator[slice]:
 
 def _by_rows(function: Callable[[slice], list[Tensor]], n: int, v: int, size: int) -> list[Tensor]:
     """Outputs of ``function`` on blocks of rows, put together."""
-    parts = [function(rows) for rows in _row_blocks(n, v, size)]
+    parts = [function(rows) for rows in row_blocks(n, v, size)]
     return parts[0] if len(parts) == 1 else [torch.cat(p) for p in zip(*parts, strict=True)]
 
 
@@ -436,27 +432,27 @@ def _spec_at(rows: slice, spec: Specification) -> Specification:
     return _at(target, rows), class_vector, _at(teacher, rows), names, stats, coefs
 
 
-def _within(ids: Tensor, first: int, count: int) -> Tensor:
+def within(ids: Tensor, first: int, count: int) -> Tensor:
     """ids relative to ``first``, -1 outside [first, first + count)."""
     inside = (ids >= first) & (ids < first + count)
     return torch.where(inside, ids - first, -1)
 
 
-def _target_mask(target: Tensor, n: int, v: int) -> Tensor:
+def target_mask(target: Tensor, n: int, v: int) -> Tensor:
     """(N, V), True at the target ids."""
     # Absent ids land in an extra column, so that they cannot race with a real target 0.
     mask = torch.zeros(n, v + 1, dtype=torch.bool, device=target.device)
     return mask.scatter_(1, torch.where(target < 0, v, target), True)[:, :v]
 
 
-def _gather(rel: Tensor, target: Tensor) -> Tensor:
+def gather(rel: Tensor, target: Tensor) -> Tensor:
     """rel at the target ids (N, K), -inf where there is none."""
     if not rel.shape[1]:
         return rel.new_full(target.shape, -torch.inf)
     return rel.gather(1, target.clamp_min(0)).masked_fill(target < 0, -torch.inf)
 
 
-def _logsumexp(z: Tensor) -> Tensor:
+def logsumexp(z: Tensor) -> Tensor:
     """torch.logsumexp over the last dim, -inf with gradient 0 for rows of -inf."""
     empty = (z == -torch.inf).all(1)
     lse = torch.logsumexp(z.masked_fill(empty.unsqueeze(1), 0.0), 1) if z.shape[1] else z.sum(1)

@@ -367,10 +367,10 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
                 la + (da.unsqueeze(-1) if wide else da), lb + (db.unsqueeze(-1) if wide else db)
             )
         elif name == "lse":
-            out[name] = _logaddexp(la + da, lb + db)
+            out[name] = logaddexp(la + da, lb + db)
         elif name.startswith(TEMPERATURE):
             t = temperature(name)
-            out[name] = _logaddexp(la + t * da, lb + t * db)
+            out[name] = logaddexp(la + t * da, lb + t * db)
         elif name == "mean":
             lse = out["lse"]
             weight_a, weight_b = left["lse"] + da - lse, right["lse"] + db - lse
@@ -438,7 +438,7 @@ def _merge_extremes(
         )
 
 
-def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b) whose gradient is 0, not NaN, where both are -inf."""
     empty = (a == -torch.inf) & (b == -torch.inf)
     return torch.where(empty, -torch.inf, torch.logaddexp(a.masked_fill(empty, 0.0), b))

@@ -1,4 +1,4 @@
-"""The command line: `lossops-bench list | run | heads | demo | race`."""
+"""The command line: `lossops-bench list | run | heads | demo | race | towers | ring`."""
 
 import os
 import sys
@@ -41,10 +41,12 @@ class Mode(str, Enum):
 
 
 def build_app() -> typer.Typer:
-    """The commands, with those of the demo, the heads and the race."""
+    """The commands; those that have a file of their own are imported from there."""
     from lossops_bench.demo import demo_command
     from lossops_bench.heads import heads_command
     from lossops_bench.race import race_command
+    from lossops_bench.ring import ring_command
+    from lossops_bench.towers import towers_command
 
     app = typer.Typer(
         help="Benchmarks of lossops beside PyTorch: time in GEMM-equivalents, memory, error.",
@@ -57,6 +59,8 @@ def build_app() -> typer.Typer:
     app.command("heads")(heads_command)
     app.command("demo")(demo_command)
     app.command("race")(race_command)
+    app.command("towers")(towers_command)
+    app.command("ring")(ring_command)
     return app
 
 

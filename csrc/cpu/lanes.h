@@ -28,9 +28,12 @@ struct Lane<Vec<S>> {
   static LOSSOPS_LANE L at_least(const L& x, const L& floor) {
     return at::vec::clamp_min(x, floor);
   }
+  static LOSSOPS_LANE L at_most(const L& x, const L& roof) { return at::vec::clamp_max(x, roof); }
   static LOSSOPS_LANE L fma(const L& a, const L& b, const L& c) { return at::vec::fmadd(a, b, c); }
   static LOSSOPS_LANE L abs(const L& x) { return x.abs(); }
   static LOSSOPS_LANE L tanh(const L& x) { return x.tanh(); }
+  static LOSSOPS_LANE L log(const L& x) { return x.log(); }
+  static LOSSOPS_LANE L pow(const L& x, const L& y) { return x.pow(y); }
   static LOSSOPS_LANE L power_of_two(const L& t) {
     const auto bits = at::vec::cast<std::int32_t>(t);
     return at::vec::cast<S>(bits << Vec<std::int32_t>(23));

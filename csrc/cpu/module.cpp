@@ -59,6 +59,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("logits_gradient", logits_gradient, no_gil, arg("z"), arg("target"), arg("class_vector"),
         arg("teacher"), arg("names"), arg("statistics"), arg("coefficients"), arg("out"));
 
+  m.def("linear_binary", linear_binary, no_gil, arg("x"), arg("w"), arg("b"), arg("scale"),
+        arg("target"), arg("weight"), arg("kind"), arg("parameters"), arg("row_factor"),
+        arg("at_target"), arg("dx"), arg("dw"), arg("db"), arg("tile") = kTile);
+  m.def("linear_pair_statistics", linear_pair_statistics, no_gil, arg("x"), arg("w"), arg("scale"),
+        arg("target"), arg("tile") = kTile);
+  m.def("linear_pair_gradient", linear_pair_gradient, no_gil, arg("x"), arg("w"), arg("scale"),
+        arg("target"), arg("statistics"), arg("coefficients"), arg("dx"), arg("dw"),
+        arg("tile") = kTile);
+
   // Whether bfloat16 products of depth d run on bfloat16 as it is, dz rounded to it.
   m.def(
       "half_products", [](int64_t d) { return half_products(at::kBFloat16, at::kBFloat16, d); },

@@ -163,6 +163,47 @@ inline double softplus_sum(const S* z, int64_t n) {
   return sum_of_lanes(sum);
 }
 
+// Σ softplus(z), and with kGradient factor · σ(z) in place of z.
+//
+// One logarithm for 64 logits of a lane: with q = Π (1 + e) - 1 their sum is log1p(q), and q keeps
+// the digits of tiny e, which the product itself would lose.
+template <bool kGradient, typename S>
+inline double sigmoid_pass(S* z, int64_t n, S factor) {
+  using A = Lane<Vec<S>>;
+  constexpr int64_t kBlock = 64 * Vec<S>::size();  // q < 2^64
+  const Vec<S> one(1), none(0), factors(factor);
+  Vec<S> linear(0), logs(0);
+  for (int64_t block = 0; block < n; block += kBlock) {
+    Vec<S> q(0);
+    for_lanes<S>(std::min(kBlock, n - block), [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
+      const Vec<S> v = load(z + block + i, count, -kInf<S>);
+      const Vec<S> e = A::exp(none - A::abs(v));
+      linear = linear + A::at_least(v, none);
+      q = A::fma(e, one + q, q);
+      if constexpr (kGradient) {
+        const Vec<S> sigmoid = A::select(v < none, e, one) / (one + e);
+        store(z + block + i, factors * sigmoid, count);
+      }
+    });
+    logs = logs + q.log1p();
+  }
+  return sum_of_lanes(linear) + sum_of_lanes(logs);
+}
+
+// Σ a value(z) of a term of row.h, a = 1 where null, and with kGradient factor · a · slope(z) in
+// place of z.
+template <bool kGradient, typename S, typename Term>
+inline double term_pass(const Term& term, S* z, int64_t n, const S* a, S factor) {
+  Vec<S> total(0);
+  for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
+    const auto found = term(load(z + i, count, -kInf<S>));
+    const Vec<S> weight = a == nullptr ? Vec<S>(1) : load(a + i, count, S(0));
+    total = Lane<Vec<S>>::fma(weight, found.value, total);
+    if constexpr (kGradient) store(z + i, Vec<S>(factor) * weight * found.slope, count);
+  });
+  return sum_of_lanes(total);
+}
+
 // Σ a (z - pivot) and Σ a, where a = 0 counts 0 whatever z is if `kMasked`.
 template <bool kMasked, typename S>
 inline std::pair<double, double> weighted_total(const S* z, const S* a, int64_t n, S pivot) {

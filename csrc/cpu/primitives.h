@@ -41,6 +41,25 @@ void linear_gradient(const Head& head, const MaybeTensors& statistics,
                      const MaybeTensors& coefficients, const MaybeTensor& dx, const MaybeTensor& dw,
                      const MaybeTensor& db, int64_t tile);
 
+// Σ over the negatives of a term of one logit, (N,), and where dx, dw or db is given the gradients,
+// in one visit of each tile. `kind`, `parameters`: "sigmoid" (), "hinge" (margin), "asymmetric"
+// (gamma, clip, detached).
+Tensor linear_binary(const Tensor& x, const Tensor& w, const MaybeTensor& b,
+                     const MaybeTensor& scale, const MaybeTensor& target, const MaybeTensor& weight,
+                     const std::string& kind, const std::vector<double>& parameters,
+                     const MaybeTensor& row_factor, const MaybeTensor& at_target,
+                     const MaybeTensor& dx, const MaybeTensor& dw, const MaybeTensor& db,
+                     int64_t tile);
+
+// Log-sums of the negatives by row and by column: shift, lse (N,), column shift, lse (V,), target.
+Tensors linear_pair_statistics(const Tensor& x, const Tensor& w, const MaybeTensor& scale,
+                               const MaybeTensor& target, int64_t tile);
+
+void linear_pair_gradient(const Tensor& x, const Tensor& w, const MaybeTensor& scale,
+                          const MaybeTensor& target, const Tensors& statistics,
+                          const MaybeTensors& coefficients, const MaybeTensor& dx,
+                          const MaybeTensor& dw, int64_t tile);
+
 Tensors logits_statistics(const Tensor& z, const MaybeTensor& target,
                           const MaybeTensor& class_vector, const MaybeTensor& teacher,
                           const Names& names);

@@ -1,0 +1,347 @@
+"""Rows spread over several processes: the ring, the gather, and what DDP makes of a gradient.
+
+Each rank holds N_r rows of x and M_r of w, any number of either. A loss over all pairs visits every
+block (x of one rank, w of another) once:
+
+* **ring**: w travels from rank to rank, one step ahead of the products; what it collects on the
+  way (its gradient, or the log-sums of its columns) follows one step behind and ends where w came
+  from. Beside its own rows a rank holds two blocks of w and two of what they collect.
+* **gather**: every rank receives all of w; the gradients are summed over the ranks.
+
+Every rank returns the loss of the whole batch. Its gradients are those of that loss times the
+number of ranks: DDP's mean over the ranks is then exactly the gradient of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lossops.autograd import apply, like_scale
+from lossops.binary import Binary
+from lossops.inputs import HeadInputs
+from lossops.pair_ops import inner, primitives
+from lossops.reference import accumulate_dtype
+from lossops.schedules import without_autocast
+from lossops.statistics import logaddexp
+
+EXCHANGES = ("ring", "gather")
+Optional = Tensor | None
+Block = list[Tensor]
+
+
+class Peers(NamedTuple):
+    """A process group and how many rows each of its ranks holds."""
+
+    group: Any
+    rank: int
+    rows: list[int]
+    columns: list[int]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.rows)
+
+    @property
+    def first_column(self) -> int:
+        """Where this rank's columns begin among all of them."""
+        return sum(self.columns[: self.rank])
+
+
+def peers(group: Any, rows: int, columns: int, device: torch.device) -> Peers:
+    """Learns the numbers of rows and columns of every rank; one small all-gather and one sync."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            "batch_group needs an initialised process group; call "
+            "torch.distributed.init_process_group first, or leave batch_group=None"
+        )
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    counts = torch.tensor([rows, columns], device=device)
+    found = [torch.empty_like(counts) for _ in range(size)]
+    dist.all_gather(found, counts, group=group)
+    listed = torch.stack(found).tolist()
+    return Peers(group, rank, [n for n, _ in listed], [m for _, m in listed])
+
+
+def ring(
+    block: Block,
+    those: Peers,
+    collected: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    visit: Callable[[int, Block], Block],
+    merge: Callable[[Block, Block], Block],
+) -> Block:
+    """Visits the blocks of all ranks, this rank's first; returns what its own collected everywhere.
+
+    Args:
+        block: this rank's tensors, each (M_r, ...), to be shown to every rank.
+        those: the ranks; ``columns`` are the M_r.
+        collected: trailing shape and dtype of the tensors (M_r, ...) that ``visit`` returns.
+        visit: ``visit(owner, block)``, computing while the next block arrives.
+        merge: of what a block collected before and here.
+    """
+    size, rank, counts = those.size, those.rank, those.columns
+    to, source = (rank - 1) % size, (rank + 1) % size
+
+    def exchange(outgoing: Block, arriving: Block, tag: int) -> list[Any]:
+        def operation(call: Any, t: Tensor, peer: int) -> Any:
+            return dist.P2POp(call, t, group=those.group, group_peer=peer, tag=tag)
+
+        sent = [operation(dist.isend, t.contiguous(), to) for t in outgoing if t.numel()]
+        return sent + [operation(dist.irecv, t, source) for t in arriving if t.numel()]
+
+    def start(operations: list[Any]) -> list[Any]:
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def room(like: Block, count: int) -> Block:
+        return [t.new_empty(count, *t.shape[1:]) for t in like]
+
+    current, carried = [t.contiguous() for t in block], None
+    for step in range(size):
+        owner = (rank + step) % size
+        arriving = room(current, counts[(owner + 1) % size]) if step + 1 < size else []
+        following: Block = []
+        operations = exchange(current, arriving, 1) if arriving else []
+        if carried is not None:
+            following = [
+                block[0].new_empty(counts[owner], *shape, dtype=dtype) for shape, dtype in collected
+            ]
+            operations += exchange(carried, following, 2)
+        works = start(operations)
+        found = visit(owner, current)
+        for work in works:
+            work.wait()
+        carried = merge(following, found) if step and collected else found
+        current = arriving
+    assert carried is not None
+    if size == 1 or not collected:
+        return carried
+    home = [block[0].new_empty(counts[rank], *shape, dtype=dtype) for shape, dtype in collected]
+    for work in start(exchange(carried, home, 2)):
+        work.wait()
+    return home
+
+
+def whole(local: Tensor, group: Any, size: int) -> Tensor:
+    """Σ over the ranks of ``local``, whose gradient is that of ``size`` · local: see the module."""
+    total = local.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total + size * (local - local.detach())
+
+
+def summed(t: Tensor, group: Any) -> Tensor:
+    """Σ over the ranks, without gradient."""
+    total = t.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_rows(t: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+    """Rows of all ranks in rank order, without gradient."""
+    most = max(counts)
+    own = t.new_zeros(most, *t.shape[1:])
+    own[: t.shape[0]] = t
+    parts = [torch.empty_like(own) for _ in counts]
+    dist.all_gather(parts, own, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks; their gradients come back summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, counts: list[int], group: Any) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return gather_rows(t, counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        rank = dist.get_rank(ctx.group)
+        first = sum(ctx.counts[:rank])
+        total = g.to(accumulate_dtype(g.dtype)).contiguous()
+        total = total.clone() if total.data_ptr() == g.data_ptr() else total
+        dist.all_reduce(total, group=ctx.group)
+        return total[first : first + ctx.counts[rank]].to(g.dtype), None, None
+
+
+class RingBinaryLoss(torch.autograd.Function):
+    """Σ_i f_i loss_i over this rank's rows and all columns, with gradients for all ranks' loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        scale: Optional,
+        bias: Optional,
+        ids: Tensor,
+        factor: Tensor,
+        loss: Binary,
+        those: Peers,
+        backend: str,
+    ) -> Tensor:
+        acc = accumulate_dtype(x.dtype)
+        inputs = (x, w, bias, scale)
+        needs = [t is not None and t.requires_grad for t in inputs]
+        losses = x.new_zeros(x.shape[0], dtype=acc)
+        dx = torch.zeros(x.shape, dtype=acc, device=x.device) if needs[0] else None
+        scalars = x.new_zeros(2, dtype=acc)  # dbias, dscale
+
+        def visit(owner: int, block: Block) -> Block:
+            (wb,) = block
+            first = sum(those.columns[:owner])
+            inside = (ids >= first) & (ids < first + wb.shape[0])
+            target = torch.where(inside, ids - first, -1)
+            b = None if bias is None else bias.expand(wb.shape[0])
+            if not wb.shape[0]:
+                return [wb.new_empty(wb.shape, dtype=acc)]
+            found, dxb, dwb, dbb, dscale = torch.ops.lossops.linear_binary_loss(
+                x, wb, b, scale, target, None, None, None, factor, loss.kind, loss.numbers, needs,
+                backend,
+            )  # fmt: skip
+            losses.add_(found)
+            if dx is not None:
+                dx.add_(dxb)
+            if needs[2]:
+                scalars[0] += dbb.sum()
+            if needs[3]:
+                scalars[1] += dscale
+            return [dwb]
+
+        collected = [((w.shape[1],), acc)] if needs[1] else []
+        with without_autocast(x.device):
+            home = ring([w], those, collected, visit, _add_blocks)
+            if dx is not None and scale is not None:
+                dx *= scale.to(acc)
+        ctx.save_for_backward(*inputs)
+        ctx.gradients = (dx, home[0] if needs[1] else None, *scalars.unbind())
+        ctx.needs = needs
+        return (losses * factor).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        found = [
+            (g * gradient).to(t.dtype).reshape(t.shape) if need else None
+            for gradient, need, t in zip(ctx.gradients, ctx.needs, ctx.saved_tensors, strict=True)
+        ]
+        dx, dw, dbias, dscale = found
+        return (dx, dw, dscale, dbias, *(None,) * 5)
+
+
+def _add_blocks(before: Block, here: Block) -> Block:
+    return [a.add_(b) for a, b in zip(before, here, strict=True)]
+
+
+class RingPairStatistics(torch.autograd.Function):
+    """Log-sums over all ranks of this rank's rows and columns; the pairs (i, i) are the targets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, scale: Optional, those: Peers, backend: str
+    ) -> tuple[Tensor, ...]:
+        acc = accumulate_dtype(x.dtype)
+        n = x.shape[0]
+        empty = x.new_full((n,), -torch.inf, dtype=acc)
+        rows: Block = [torch.zeros_like(empty), empty]
+        diagonal = torch.arange(n, device=x.device).unsqueeze(1)
+        target = x.new_empty(n, 1, dtype=acc)
+
+        def visit(owner: int, block: Block) -> Block:
+            (wb,) = block
+            ids = diagonal if owner == those.rank else None
+            if not n or not wb.shape[0]:
+                nothing = wb.new_full((wb.shape[0],), -torch.inf, dtype=acc)
+                return [torch.zeros_like(nothing), nothing]
+            shift, lse, *columns, at = torch.ops.lossops.linear_pair_statistics(
+                x, wb, scale, ids, backend
+            )
+            if ids is not None:
+                target.copy_(at + shift.unsqueeze(1))
+            rows[:] = _merge_sums(rows, [shift, lse])
+            return list(columns)
+
+        with without_autocast(x.device):
+            columns = ring([w], those, [((), acc), ((), acc)], visit, _merge_sums)
+        target -= rows[0].unsqueeze(1)
+        ctx.those, ctx.backend = those, backend
+        ctx.save_for_backward(x, w, scale, *rows, *columns)
+        ctx.mark_non_differentiable(rows[0], columns[0])
+        ctx.set_materialize_grads(False)
+        return (*rows, *columns, target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Optional) -> tuple[Any, ...]:
+        x, w, scale, shift, lse, column_shift, column_lse = ctx.saved_tensors
+        those: Peers = ctx.those
+        acc = accumulate_dtype(x.dtype)
+        by_row, by_column, at = grads[1], grads[3], grads[4]
+        needs = ctx.needs_input_grad[:3]
+        n = x.shape[0]
+        dx = torch.zeros(x.shape, dtype=acc, device=x.device)
+        part = torch.empty_like(dx)
+        diagonal = torch.arange(n, device=x.device).unsqueeze(1)
+        given = torch.zeros_like(column_lse) if by_column is None else by_column
+
+        def visit(owner: int, block: Block) -> Block:
+            wb, shift_b, lse_b, by_column_b = block
+            ids = diagonal if owner == those.rank else None
+            dw = torch.zeros(wb.shape, dtype=acc, device=x.device)
+            if n and wb.shape[0]:
+                nothing = x.new_empty(n, 0, dtype=acc)
+                primitives(ctx.backend, x).linear_pair_gradient(
+                    x, wb, scale, ids, [shift, lse, shift_b, lse_b, nothing],
+                    [by_row, by_column_b, None if ids is None else at], part, dw,
+                )  # fmt: skip
+                dx.add_(part)
+            return [dw]
+
+        with without_autocast(x.device):
+            (dw,) = ring(
+                [w, column_shift, column_lse, given], those, [((w.shape[1],), acc)], visit,
+                _add_blocks,
+            )  # fmt: skip
+            dscale = inner(x, dx) if needs[2] else None
+            if scale is not None:
+                dx *= scale.to(acc)
+        return (
+            dx.to(x.dtype) if needs[0] else None,
+            dw.to(w.dtype) if needs[1] else None,
+            like_scale(dscale, scale),
+            None,
+            None,
+        )
+
+
+def _merge_sums(a: Block, b: Block) -> Block:
+    """[shift, log-sum relative to it] of two parts."""
+    (shift_a, lse_a), (shift_b, lse_b) = a, b
+    shift = torch.where(
+        lse_a == -torch.inf,
+        shift_b,
+        torch.where(lse_b == -torch.inf, shift_a, torch.maximum(shift_a, shift_b)),
+    )
+    return [shift, logaddexp(lse_a + shift_a - shift, lse_b + shift_b - shift)]
+
+
+def ring_binary_loss(
+    head: HeadInputs,
+    bias: Optional,
+    ids: Tensor,
+    factor: Tensor,
+    loss: Binary,
+    those: Peers,
+    backend: str,
+) -> Tensor:
+    """This rank's Σ f loss over all columns; its gradients are those of the sum over ranks."""
+    found: Tensor = apply(
+        RingBinaryLoss, head.x, head.w, head.scale, bias, ids, factor, loss, those, backend
+    )
+    return found
