@@ -8,6 +8,7 @@ from lossops.cross_entropy import (
     linear_log_prob,
 )
 from lossops.factored import FactoredSphericalHead
+from lossops.gradient_cache import gradient_cache
 from lossops.linear import linear_loss, linear_statistics
 from lossops.modules import (
     CrossEntropyLoss,
@@ -52,6 +53,7 @@ __all__ = [
     "SigmoidPairwiseLoss",
     "SoftmaxPairwiseLoss",
     "cross_entropy",
+    "gradient_cache",
     "linear_asymmetric_loss",
     "linear_binary_cross_entropy",
     "linear_cosine_contrastive_loss",

@@ -61,6 +61,7 @@ def gradient_cache(
     Raises:
         ValueError: shapes or numbers that do not fit, BatchNorm that looks at its batch, inputs
             computed with a gradient. TypeError: arguments or representations of another kind.
+        RuntimeError: a DistributedDataParallel that waits for parameters the last replay left out.
 
     Note:
         Memory: the activations of one sub-batch, 2·B·D for representations and their gradients,
@@ -77,8 +78,9 @@ def gradient_cache(
         An encoder that is a DistributedDataParallel (or a ``partial``, a method, ``torch.compile``
         of one) reduces its gradients once, in its last replay, whatever the number of sub-batches
         on each rank. One that stands deeper inside reduces in every replay, which needs as many
-        sub-batches on all ranks. With towers that use different parts of one module, it needs
-        ``find_unused_parameters=True``. Parameters of ``loss_fn`` are reduced by a
+        sub-batches on all ranks. Where the last replay leaves out some of its parameters (towers
+        that use different parts of it, a temperature of ``loss_fn`` inside it), it needs
+        ``find_unused_parameters=True``. Other parameters of ``loss_fn`` are reduced by a
         DistributedDataParallel of their own, or not at all.
 
     Example:
@@ -180,7 +182,7 @@ def _towers(encoders: Any, inputs: Any, sub_batch: int) -> list[_Tower]:
         if not callable(encoder):
             raise TypeError(f"encoders[{i}] must be callable, got {type(encoder).__name__}")
         module = _module(encoder)
-        _check_batch_norm(f"encoders[{i}]", module)
+        _check_module(f"encoders[{i}]", module)
         if isinstance(batch, Mapping):
             batch = dict(batch)
         elif isinstance(batch, list | tuple):
@@ -203,7 +205,13 @@ def _module(encoder: Any) -> nn.Module | None:
     return compiled if isinstance(compiled, nn.Module) else encoder
 
 
-def _check_batch_norm(name: str, module: nn.Module | None) -> None:
+def _check_module(name: str, module: nn.Module | None) -> None:
+    """Raise a ValueError for what comes out wrong when a forward is replayed in parts."""
+    if isinstance(module, DistributedDataParallel) and module.static_graph:
+        raise ValueError(
+            f"{name} must be a DistributedDataParallel that can leave out reductions, got "
+            "static_graph=True; pass static_graph=False"
+        )
     for path, m in () if module is None else module.named_modules():
         # Without running statistics it looks at its batch in eval mode as well.
         if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
@@ -296,12 +304,15 @@ def _replay_all(
             _set_random_state(devices, start)
             with nullcontext() if parallel is None or reduces else parallel.no_sync():
                 found = _replay(tower, rows, gradient)
-            if not found and parallel is not None and reduces:
-                raise ValueError(
-                    f"{tower.name} is a DistributedDataParallel whose representations have no "
-                    "gradient, so that it would reduce none; pass its .module for a frozen tower"
-                )
-            if not found and tower.frozen and parallel is None:
+            if parallel is not None and reduces:
+                if not found:
+                    raise ValueError(
+                        f"{tower.name} is a DistributedDataParallel whose representations have no "
+                        "gradient, so that it would reduce none; pass .module of a frozen tower"
+                    )
+                # Buckets that wait for a parameter would mix with the next call's, in silence.
+                parallel._check_reducer_finalized()
+            if not found and parallel is None and tower.frozen:
                 break  # its first sub-batch has shown what its parameters say
 
 

@@ -128,7 +128,9 @@ class BinaryLoss(torch.autograd.Function):
         if reduced:
             found = hand_out(ctx, given, needs, g, ready, lambda: sweep(factor), value)
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = apply(ScaledGradients, value, needs, g, *given, *sweep(g.detach()))
+            with torch.no_grad():
+                buffers = sweep(g)
+            found = apply(ScaledGradients, value, needs, g, *given, *buffers)
         else:
             one = g.new_ones(())
             found = scaled_gradients(given, needs, one, sweep(g), inplace=False)

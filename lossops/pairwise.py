@@ -235,14 +235,15 @@ def softmax_pairwise_loss(
         )
     ids = pair_ids(positives, n, m, head.x)
     excluded = None if exclude is None else without(pair_ids(exclude, n, m, head.x), ids)
+    diagonal = isinstance(positives, str)
     if direction == "both" and negatives is None and image_negatives is None:
-        return _reduce_both(*_both(call, ids, excluded), reduction)
+        return _reduce_both(*_both(call, ids, excluded, diagonal), reduction)
     parts = []
     if direction != "columns":
         parts.append(_one_direction(call, ids, excluded, negatives, reduction))
     if direction != "rows":
         turned = call._replace(head=head._replace(x=head.w, w=head.x))
-        back = transposed(ids, m)[0]
+        back = transposed(ids, m, diagonal=diagonal)[0]
         not_counted = None if excluded is None else transposed(excluded, m)[0]
         parts.append(_one_direction(turned, back, not_counted, image_negatives, reduction))
     return parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
@@ -360,7 +361,7 @@ def _one_direction(
 
 
 def _both(
-    call: _Call, ids: Tensor, excluded: Tensor | None
+    call: _Call, ids: Tensor, excluded: Tensor | None, diagonal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of rows (N,) and columns (M,) from the same tiles, and their weights."""
     head, terms, scale = call.head, call.terms, call.scale
@@ -370,7 +371,7 @@ def _both(
     shift, lse, column_shift, column_lse, target = apply(
         PairStatistics, head.x, head.w, head.scale, listed, chosen
     )
-    rows, columns = transposed(listed, m)
+    rows, columns = transposed(listed, m, diagonal=diagonal and excluded is None)
     at = columns.clamp_min(0)
     moved = shift[rows.clamp_min(0)] - column_shift.unsqueeze(1)  # first: the offsets cancel
     column_target = target.flatten()[at] + moved

@@ -119,9 +119,15 @@ def from_groups(row_ids: Tensor, column_ids: Tensor) -> Tensor:
     return torch.where(at < high[:, None], order[at.clamp_max(order.shape[0] - 1)], -1)
 
 
-def transposed(ids: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Positive rows of each column, (M, K'), and where in ids.flatten() each stands, -1 padded."""
-    k = ids.shape[1]
+def transposed(ids: Tensor, columns: int, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    """Positive rows of each column, (M, K'), and where in ids.flatten() each stands, -1 padded.
+
+    Known to be the ``diagonal``, they take neither a sort nor a host sync.
+    """
+    n, k = ids.shape
+    if diagonal:
+        rows = pair_ids("diagonal", columns, n, ids)
+        return rows, rows
     flat = ids.flatten()
     order = torch.where(flat < 0, columns, flat).argsort(stable=True)
     counts = torch.bincount(flat[flat >= 0], minlength=columns)

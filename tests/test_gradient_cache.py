@@ -330,6 +330,14 @@ def test_without_grad_there_is_no_replay(mode):
     assert all(g is None for g in gradients(*encoders, loss_fn))
 
 
+def test_encoder_may_return_what_it_holds():
+    """Representations become leaves that want a gradient; the encoder's own tensors do not."""
+    held = torch.randn(B, D)
+    loss = gradient_cache([lambda t: held], [X], torch.sum, sub_batch=B)
+    assert torch.equal(loss, held.sum())
+    assert not held.requires_grad
+
+
 # Memory
 
 
@@ -501,11 +509,12 @@ SUB_BATCHES = (2, 3)  # four sub-batches on one rank, two on the other
 
 
 class Branches(nn.Module):
-    """Both towers in one module; a call uses one of them."""
+    """Both towers in one module, of which a call uses one, and the parameter of the loss."""
 
     def __init__(self):
         super().__init__()
         self.towers = nn.ModuleList(two_towers())
+        self.loss = InfoNCE()
 
     def forward(self, x, tower):
         return self.towers[tower](x)
@@ -523,8 +532,6 @@ class Buffered(nn.Module):
         return self.inner(x) + self.offset
 
 
-# Modules, whether some parameters may be unused, encoders and inputs made of them, and the loss on
-# each rank. Losses are means over local rows.
 def separate(modules, inputs):
     return modules, inputs
 
@@ -541,17 +548,24 @@ def hidden(modules, inputs):
     return [lambda x, m=m: m(x) for m in modules], inputs
 
 
-def one_sided(rank):
+def local(rank, modules):
+    """A mean over local rows."""
+    return InfoNCE()
+
+
+def one_sided(rank, modules):
     """The loss of one rank leaves the second tower out."""
     return InfoNCE() if rank == 0 else lambda a, b: a.square().mean()
 
 
+# Modules, whether a replay leaves out some parameters, encoders and inputs made of the modules, and
+# the loss on each rank.
 CASES = {
-    "separate": (lambda: [Buffered(e) for e in two_towers()], False, separate, lambda r: InfoNCE()),
-    "shared": (lambda: [encoder(6)], False, shared, lambda r: InfoNCE()),
-    "branches": (lambda: [Branches()], True, branches, lambda r: InfoNCE()),
+    "separate": (lambda: [Buffered(e) for e in two_towers()], False, separate, local),
+    "shared": (lambda: [encoder(6)], False, shared, local),
+    "branches": (lambda: [Branches()], True, branches, lambda rank, modules: modules[0].loss),
     "one_sided": (two_towers, False, separate, one_sided),
-    "hidden": (two_towers, False, hidden, lambda r: InfoNCE()),
+    "hidden": (two_towers, False, hidden, local),
 }
 STEPS = 3  # DistributedDataParallel rebuilds its buckets in the second
 
@@ -574,19 +588,24 @@ def parallel_steps(rank, make, unused, arrange, loss_of):
         encoders, inputs = arrange(ddp, rank_inputs(rank, step))
         # What hides its modules needs as many sub-batches on all ranks: two.
         sub_batch = SUB_BATCHES[rank] if arrange is not hidden else ROWS[rank] // 2 + 1
-        gradient_cache(encoders, inputs, loss_of(rank), sub_batch=sub_batch)
+        gradient_cache(encoders, inputs, loss_of(rank, modules), sub_batch=sub_batch)
         found.append([g.clone() for g in gradients(*modules)])
     return found, [len(calls) for calls in reduced]
 
 
-def frozen_parallel():
-    """What is said of a tower frozen after it was wrapped."""
-    m = DistributedDataParallel(encoder(6))
-    m.requires_grad_(False)
-    try:
-        gradient_cache([m], batches(B), torch.sum, sub_batch=3)
-    except ValueError as error:
-        return str(error)
+def refused():
+    """What is said of modules that would not reduce, or not what they should."""
+    frozen = DistributedDataParallel(encoder(6))
+    frozen.requires_grad_(False)
+    left_out = partial(DistributedDataParallel(Branches()), tower=0)
+    static = DistributedDataParallel(encoder(6), static_graph=True)
+    said = []
+    for encode in (frozen, left_out, static):
+        try:
+            gradient_cache([encode], batches(B), torch.sum, sub_batch=3)
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+    return said
 
 
 def in_each_process(rank, folder):
@@ -597,7 +616,7 @@ def in_each_process(rank, folder):
     )  # fmt: skip
     torch.set_num_threads(1)
     found = {name: parallel_steps(rank, *case) for name, case in CASES.items()}
-    found["frozen"] = frozen_parallel()
+    found["refused"] = refused()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -616,7 +635,7 @@ def test_distributed_data_parallel(name, ranks):
     modules = make()
     for step in range(STEPS):
         for rank in range(2):
-            plain(*arrange(modules, rank_inputs(rank, step)), loss_of(rank))
+            plain(*arrange(modules, rank_inputs(rank, step)), loss_of(rank, modules))
         expected = [g / 2 for g in gradients(*modules)]
         for rank in range(2):
             assert_close(ranks[rank][name][0][step], expected)
@@ -630,6 +649,9 @@ def test_gradients_are_reduced_once(name, ranks):
         assert counts == [replays * STEPS] * len(counts)
 
 
-def test_frozen_distributed_data_parallel_is_refused(ranks):
+def test_modules_that_would_not_reduce_are_refused(ranks):
     for found in ranks:
-        assert "encoders[0] is a DistributedDataParallel whose" in found["frozen"]
+        frozen, left_out, static = found["refused"]
+        assert "encoders[0] is a DistributedDataParallel whose representations have no" in frozen
+        assert "find_unused_parameters=True" in left_out
+        assert "got static_graph=True; pass static_graph=False" in static

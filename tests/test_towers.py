@@ -213,9 +213,7 @@ def test_the_same_seed_gives_the_same_pairs_in_any_number_of_processes(
     assert one.vocabulary == other.vocabulary
     assert one.files == other.files == 30
     assert (one.train.codes.ids == other.train.codes.ids).all()
-    assert texts(one.train.docs, one.vocabulary) != texts(
-        read(sources, max_pairs=300, seed=1).train.docs, one.vocabulary
-    )
+    assert one.vocabulary != read(sources, max_pairs=300, seed=1).vocabulary
 
 
 def test_too_few_pairs_are_refused(sources: Path):

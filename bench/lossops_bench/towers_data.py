@@ -33,6 +33,8 @@ LEAST_DOC_WORDS = 5
 LEAST_BODY_LINES = 3
 DOC_WORDS, CODE_WORDS = 64, 256
 """Words that are read of a docstring and of a function; the rest is cut off."""
+SIGNATURE = 2000
+"""Characters of a block in which its docstring begins."""
 FILES_PER_PROCESS = 200
 """Fewer are not worth a second process."""
 
@@ -114,7 +116,7 @@ def blocks(text: str) -> Iterator[str]:
         after = re.compile(rf"^(?!{match[1]}[ \t])[ \t]*[^\s#)\]}}]", re.MULTILINE)
         last = after.search(text, match.end())
         block = text[match.start() : last.start() if last else len(text)]
-        if DOC.search(block):
+        if DOC.search(block, 0, SIGNATURE):
             yield f"if True:\n{block}" if match[1] else f"\n{block}"
 
 

@@ -1,0 +1,224 @@
+"""Losses over pairs whose rows are spread over processes: the same loss, the same gradients.
+
+One group of processes per world size runs every case, on loopback through gloo; the parent holds
+what they return against one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lossops
+
+TIMEOUT = 60  # seconds, for a group and for each of its exchanges
+D = 6
+# Rows (and columns) of each rank: one rank; even; ragged; one with nothing, as a last batch has.
+WORLDS = {1: [5], 2: [4, 7], 3: [3, 3, 3], 4: [2, 5, 0, 3]}
+Case = Callable[..., Tensor]
+
+
+def batch(rows: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    n = sum(rows)
+    x, w = (F.normalize(torch.randn(n, D, generator=draw, dtype=torch.float64)) for _ in range(2))
+    return x.to(dtype), w.to(dtype)
+
+
+def groups(n: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(n) % 4 - 1, torch.arange(n) % 3 - 1
+
+
+def sigmoid(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **options: Any) -> Tensor:
+    return lossops.sigmoid_pairwise_loss(x, w, t, b, **options)
+
+
+def sigmoid_weighted(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **o: Any) -> Tensor:
+    weights = torch.linspace(0.5, 2.0, o.pop("total"), dtype=x.dtype)[part]
+    return lossops.sigmoid_pairwise_loss(x, w, t, b, weights=weights, **o)
+
+
+def sigmoid_groups(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **o: Any) -> Tensor:
+    rows, columns = groups(o.pop("total"))
+    return lossops.sigmoid_pairwise_loss(x, w, t, b, positives=(rows[part], columns[part]), **o)
+
+
+def sigmoid_sum(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **o: Any) -> Tensor:
+    return lossops.sigmoid_pairwise_loss(x, w, t, b, reduction="sum", **o)
+
+
+def softmax(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **options: Any) -> Tensor:
+    return lossops.softmax_pairwise_loss(x, w, t, **options)
+
+
+def softmax_options(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **o: Any) -> Tensor:
+    weights = torch.linspace(0.5, 2.0, o.pop("total"), dtype=x.dtype)[part]
+    return lossops.softmax_pairwise_loss(
+        x, w, t, weights=weights, margin=0.1, label_smoothing=0.1, **o
+    )
+
+
+def softmax_groups(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **o: Any) -> Tensor:
+    rows, columns = groups(o.pop("total"))
+    same = torch.arange(len(rows)) // 2
+    return lossops.softmax_pairwise_loss(
+        x, w, t, positives=(rows[part], columns[part]), exclude=(same[part], same[part]), **o
+    )
+
+
+def softmax_rows(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **options: Any) -> Tensor:
+    return lossops.softmax_pairwise_loss(x, w, t, direction="rows", **options)
+
+
+WITH_TOTAL = (sigmoid_weighted, sigmoid_groups, softmax_options, softmax_groups)
+CASES: dict[str, tuple[Case, str]] = {
+    f"{case.__name__}-{exchange}": (case, exchange)
+    for case in (sigmoid, sigmoid_weighted, sigmoid_groups, sigmoid_sum, softmax, softmax_options)
+    for exchange in ("ring", "gather")
+} | {f"{case.__name__}-gather": (case, "gather") for case in (softmax_groups, softmax_rows)}  # fmt: skip
+
+
+def run(case: Case, x: Tensor, w: Tensor, part: slice, total: int, **options: Any) -> list[Tensor]:
+    """Loss and gradients of x, w, t and b on this rank's part."""
+    leaves = [x[part], w[part], torch.tensor(7.0).to(x.dtype), torch.tensor(-3.0).to(x.dtype)]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    more = {"total": total} if case in WITH_TOTAL else {}
+    loss = case(*leaves, part, **more, **options)
+    (3 * loss).backward(retain_graph=True)
+    once = [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in leaves]
+    (3 * loss).backward()
+    for t, g in zip(leaves, once, strict=True):
+        assert t.grad is None or torch.equal(t.grad, 2 * g), "a second backward"
+    with torch.no_grad():
+        assert torch.equal(case(*leaves, part, **more, **options), loss)
+    return [loss.detach(), *once]
+
+
+def two_towers(seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    return nn.ModuleDict({
+        "image": nn.Linear(D, 4, dtype=torch.float64),
+        "text": nn.Linear(D, 4, dtype=torch.float64),
+        "loss": lossops.SigmoidPairwiseLoss(learnable=True).double(),
+    })  # fmt: skip
+
+
+class Towers(nn.Module):
+    """A two-tower model whose loss spans the ranks, as DDP wraps it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.parts = two_towers()
+        self.options = options
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        image = F.normalize(self.parts["image"](x), dim=1)
+        text = F.normalize(self.parts["text"](w), dim=1)
+        loss: Tensor = self.parts["loss"](image, text, **self.options)
+        return loss
+
+
+def work(rank: int, rows: list[int], folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", len(rows))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=len(rows), timeout=timedelta(seconds=TIMEOUT)
+    )
+    x, w = batch(rows)
+    part = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    found: dict[str, Any] = {}
+    group = dist.group.WORLD
+    for name, (case, exchange) in CASES.items():
+        found[name] = run(
+            case, x, w, part, sum(rows), batch_group=group, exchange=exchange
+        )
+    for exchange in ("ring", "gather"):
+        model = nn.parallel.DistributedDataParallel(
+            Towers(batch_group=group, exchange=exchange)
+        )
+        model(x[part], w[part]).backward()
+        found[f"ddp-{exchange}"] = [p.grad for p in model.parameters()]
+    halves = [t[part].bfloat16().requires_grad_() for t in (x, w)]
+    loss = lossops.sigmoid_pairwise_loss(*halves, 7.0, -3.0, batch_group=group)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    found["bf16"] = [loss.detach(), *(t.grad for t in halves)]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids="world{}".format)
+def world(request: pytest.FixtureRequest) -> tuple[list[int], list[dict[str, Any]]]:
+    """Rows of each rank, and what each rank found."""
+    rows = WORLDS[request.param]
+    with tempfile.TemporaryDirectory() as folder:
+        # A clean process that has imported torch once, and forks: ten imports would take a minute.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "lossops"])
+        context = mp.start_processes(
+            work, (rows, folder), len(rows), join=False, start_method="forkserver"
+        )
+        assert context is not None
+        ended = context.join(timeout=TIMEOUT)
+        while not ended and any(p.is_alive() for p in context.processes):
+            ended = context.join(timeout=TIMEOUT)
+            if not ended and all(p.is_alive() for p in context.processes):
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"{len(rows)} processes did not end within {2 * TIMEOUT} s")
+        return rows, [torch.load(Path(folder, f"{r}.pt")) for r in range(len(rows))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_spread_is_whole(world: tuple[list[int], list[dict[str, Any]]], name: str) -> None:
+    rows, ranks = world
+    x, w = batch(rows)
+    case, _ = CASES[name]
+    loss, dx, dw, dt, db = run(case, x, w, slice(None), sum(rows))
+    found = [rank[name] for rank in ranks]
+    for other in found:
+        torch.testing.assert_close(other[0], loss)  # every rank knows the whole loss
+    size = len(rows)
+    # DDP's mean over the ranks is the gradient: what a rank holds is `size` times its part.
+    torch.testing.assert_close(torch.cat([f[1] for f in found]) / size, dx)
+    torch.testing.assert_close(torch.cat([f[2] for f in found]) / size, dw)
+    torch.testing.assert_close(sum(f[3] for f in found) / size, dt)
+    torch.testing.assert_close(sum(f[4] for f in found) / size, db)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+def test_ddp_gives_the_gradients_of_one_process(
+    world: tuple[list[int], list[dict[str, Any]]], exchange: str
+) -> None:
+    rows, ranks = world
+    model = Towers()
+    model(*batch(rows)).backward()
+    for rank in ranks:
+        for found, p in zip(rank[f"ddp-{exchange}"], model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad)
+
+
+def test_half_precision_travels_in_float32(
+    world: tuple[list[int], list[dict[str, Any]]],
+) -> None:
+    rows, ranks = world
+    halves = [t.bfloat16().requires_grad_() for t in batch(rows)]
+    loss = lossops.sigmoid_pairwise_loss(*halves, 7.0, -3.0)
+    loss.backward()
+    found = [rank["bf16"] for rank in ranks]
+    torch.testing.assert_close(found[0][0], loss.detach())
+    for i, leaf in enumerate(halves, 1):
+        assert leaf.grad is not None
+        spread = torch.cat([f[i] for f in found]).float() / len(rows)
+        # Both round once to bfloat16, from float32 sums that differ in their last digits.
+        torch.testing.assert_close(spread, leaf.grad.float(), rtol=2**-7, atol=1e-6)
