@@ -38,7 +38,7 @@ def target_logits(
     columns = []
     for ids in target.clamp_min(0).unbind(1):
         parts = []
-        for rows in row_blocks(x.shape[0], x.shape[1], PRODUCT):
+        for rows in row_blocks(x.shape[0], x.shape[1], BLOCK):
             z = (x[rows].to(acc) * w[ids[rows]].to(acc)).sum(1)
             z = z if factor is None else z * factor
             parts.append(z if b is None else z + b[ids[rows]].to(acc))

@@ -27,6 +27,9 @@ _NAMED = (
     Shape(8192, 2048, 151936, "qwen"),
     Shape(8192, 4096, 128256, "llama3-8b"),
     Shape(8192, 2304, 256000, "gemma2-2b"),
+    Shape(8192, 768, 8192, "siglip-8k"),
+    Shape(262144, 64, 262144, "siglip-256k"),
+    Shape(1048576, 64, 1048576, "siglip-1m"),
 )
 SHAPES = {shape.name: shape for shape in _NAMED}
 
