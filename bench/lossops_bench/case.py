@@ -114,6 +114,8 @@ class Case:
     """Bytes of the inputs and their gradients; decides only whether a run fits in memory."""
     unit: Unit
     rivals: tuple[Rival, ...]
+    in_parts: bool = False
+    """Whether the loss is a mean over rows, so that parts of the rows add up to it."""
     baseline: str = "plain"
     """The rival whose errors are the budget of the others."""
 
@@ -153,4 +155,11 @@ class Case:
 
     def first_rows(self, inputs: Tensors, rows: int) -> Tensors:
         """The same problem on its first rows, as views."""
-        return {k: v[:rows] if k in self.per_row else v for k, v in inputs.items()}
+        return self.rows(inputs, 0, rows)
+
+    def rows(self, inputs: Tensors, first: int, stop: int) -> Tensors:
+        """The same problem on some of its rows, as views; leaves stay leaves where they are cut."""
+        return {
+            k: v[first:stop].detach().requires_grad_(v.requires_grad) if k in self.per_row else v
+            for k, v in inputs.items()
+        }

@@ -128,7 +128,7 @@ def _run(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("inputs", total=steps(rivals, settings))
+        task = progress.add_task("inputs", total=steps(case, problem, rivals, settings))
 
         def on_step(doing: str) -> None:
             progress.update(task, advance=1, description=f"{problem.shape}: {doing}")

@@ -34,7 +34,7 @@ from torch import Tensor
 from lossops_bench.case import Case, Problem, Rival, Tensors
 from lossops_bench.inputs import tiny
 
-__all__ = ["Prepared", "Reading", "RivalSetup", "peak_extra"]
+__all__ = ["Prepared", "Reading", "RivalSetup", "best_meter", "peak_extra", "trim"]
 
 Prepared = tuple[Callable[[], Tensors], Iterable[Tensor]]
 """The call to measure, and its inputs."""
@@ -107,15 +107,20 @@ def measure(setup: Callable[[], Prepared]) -> Reading:
     """Measure in this process, which should be fresh."""
     call, inputs = setup()
     inputs = list(inputs)
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     meter: Meter = GpuMeter() if any(value.is_cuda for value in inputs) else best_meter()
     start = time.perf_counter()
     outputs = call()
     peak = meter.extra()
     seconds = time.perf_counter() - start
     return Reading(max(0, peak - new_bytes(outputs.values(), inputs)), meter.method, seconds)
+
+
+def trim() -> None:
+    """Gives freed pages back to the system, so that a call cannot live on them unseen."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def new_bytes(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> int:

@@ -127,7 +127,11 @@ class Rank:
         """Of x, w, t and, for the sigmoid loss, b."""
         if self.configuration.plain:
             return {"sigmoid": plain_sigmoid, "softmax": plain_softmax}[self.work.loss]
-        function = getattr(lossops, f"{self.work.loss}_pairwise_loss")
+        losses: dict[str, Callable[..., Tensor]] = {
+            "sigmoid": lossops.sigmoid_pairwise_loss,
+            "softmax": lossops.softmax_pairwise_loss,
+        }
+        function = losses[self.work.loss]
         if self.configuration.processes == 1:
             return function
         exchange = self.configuration.exchange

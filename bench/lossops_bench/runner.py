@@ -6,6 +6,9 @@
 3. Its result is held against a float64 truth. Where the truth of all rows costs too much, the same
    inputs are cut to their first rows, and the report says so. A wrong result is not timed.
 4. Those left take turns, round after round, with the unit of cost among them.
+
+A problem of more than 10¹³ operations whose loss is a mean over rows takes minutes to hours. It
+runs once, in parts of its rows that are reported as they are done: time and memory in one.
 """
 
 import gc
@@ -20,7 +23,7 @@ from lossops_bench.case import Case, Problem, Rival, Tensors
 from lossops_bench.figures import Figures, Report
 from lossops_bench.machine import free_bytes
 from lossops_bench.measure import seconds
-from lossops_bench.memory import RivalSetup, peak_extra
+from lossops_bench.memory import RivalSetup, best_meter, peak_extra, trim
 from lossops_bench.rivals import first_line
 from lossops_bench.truth import errors, verdict
 
@@ -28,6 +31,13 @@ __all__ = ["TRUTH_FLOPS", "Settings", "run", "steps"]
 
 TRUTH_FLOPS = 10**11
 """Float64 operations a truth may take: some seconds on two cores."""
+
+
+LONG_FLOPS = 10**13
+PARTS = 64
+"""Parts of a long problem."""
+UNIT_ROWS = 8192
+"""Rows on which the unit of a long problem is timed."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,15 @@ class Settings:
     """Seconds that a rival may take in its fresh process, and again for its rounds."""
 
 
-def steps(rivals: Sequence[Rival], settings: Settings) -> int:
+def is_long(case: Case, problem: Problem) -> bool:
+    """Whether a problem runs once, in parts."""
+    return case.in_parts and case.cost(problem).flops > LONG_FLOPS
+
+
+def steps(case: Case, problem: Problem, rivals: Sequence[Rival], settings: Settings) -> int:
     """How often `run` calls its `on_step` at most."""
+    if is_long(case, problem):
+        return len(rivals) * (2 + PARTS) + 1
     return len(rivals) * (3 + settings.memory + settings.repeats) + settings.repeats
 
 
@@ -80,14 +97,15 @@ class _Run:
     def report(self) -> Report:
         torch.set_num_threads(self.problem.threads)
         self.ask()
-        if self.settings.memory:
+        long = is_long(self.case, self.problem)
+        if self.settings.memory and not long:
             self.measure_memory()
         if not self.running:
             return Report(self.case, self.problem, [*self.figures.values()], "", 0)
         inputs = self.case.make_inputs(self.problem)
         rows = self.truth_rows()
         self.examine(self.case.first_rows(inputs, rows))
-        units, fastest = self.race(inputs)
+        units, fastest = self.one_pass(inputs) if long else self.race(inputs)
         figures = [*units, *self.figures.values()]
         return Report(self.case, self.problem, figures, fastest, rows)
 
@@ -148,6 +166,63 @@ class _Run:
             else:
                 if reason := verdict(mine.errors, budget, self.problem.dtype):
                     mine.reject("wrong", reason)
+
+    def one_pass(self, inputs: Tensors) -> tuple[list[Figures], str]:
+        """Time and memory of each rival from one run in parts; the unit from some of the rows."""
+        case, problem, n = self.case, self.problem, self.problem.shape.rows
+        some = case.with_gradients(problem, case.first_rows(inputs, UNIT_ROWS))
+        self.on_step(f"{case.unit.name} on {min(n, UNIT_ROWS)} rows")
+        times = {}
+        for way, prepare in case.unit.ways(problem, some).items():
+            calls = [seconds(prepare(), problem.device) for _ in range(3)]
+            times[way] = median(calls) * max(1.0, n / UNIT_ROWS)
+        fastest = min(times, key=lambda way: times[way])
+        units = [Figures(f"{case.unit.name}: {w}", "unit", seconds=[t]) for w, t in times.items()]
+        for rival in self.running:
+            mine = self.figures[rival.name]
+            mine.seconds = [self.in_parts(rival, inputs)]
+        for figures in (*units, *(self.figures[r.name] for r in self.running)):
+            figures.units = figures.seconds[0] / times[fastest]
+        return units, fastest
+
+    def in_parts(self, rival: Rival, inputs: Tensors) -> float:
+        """Seconds of one run of a rival; notes its peak extra memory."""
+        case, problem, n = self.case, self.problem, self.problem.shape.rows
+        own = case.with_gradients(problem, inputs)
+        training = problem.mode == "training"
+        sums = {
+            gradient: torch.zeros(own[name].shape, dtype=torch.float32, device=problem.device)
+            for name, gradient in case.differentiable.items()
+            if training and name not in case.per_row
+        }
+        rows: dict[str, torch.Tensor] = {
+            gradient: torch.empty_like(own[name])
+            for name, gradient in case.differentiable.items()
+            if training and name in case.per_row
+        }
+        for output in (*sums.values(), *rows.values()):
+            output.zero_()  # touched, so that it is no part of the peak
+        trim()
+        meter, spent, size = best_meter(), 0.0, -(-n // PARTS)
+        for first in range(0, n, size):
+            part = case.rows(own, first, min(n, first + size))
+            share = len(part[case.per_row[0]]) / n
+            found: Tensors = {}
+
+            def call(part: Tensors = part, found: Tensors = found) -> None:
+                found.update(case.call(rival, problem.mode, part))
+
+            spent += seconds(call, problem.device)
+            for name, gradient in found.items():
+                if name in sums:
+                    sums[name].add_(gradient, alpha=share)
+                elif name in rows:
+                    rows[name][first : first + size] = gradient * share
+            self.on_step(f"{rival.name}: {min(n, first + size):,} of {n:,} rows")
+        mine = self.figures[rival.name]
+        mine.extra_bytes = max(0, meter.extra())
+        mine.memory_method, mine.note = f"{meter.method}, in this process", f"{PARTS} parts"
+        return spent
 
     def race(self, inputs: Tensors) -> tuple[list[Figures], str]:
         """Time the rivals and the unit in turns; returns the unit's figures and its fastest way."""

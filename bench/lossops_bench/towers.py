@@ -24,7 +24,10 @@ from lossops_bench.towers_report import towers_table, write_curves, write_points
 from lossops_bench.towers_train import (
     LOSSES,
     Runner,
+    Sides,
+    Texts,
     TowersOptions,
+    rarity,
     start,
     train_in_turns,
     word_overlap,
@@ -44,7 +47,7 @@ def towers_command(
     seconds: Annotated[float, Option(min=0.1, help="Training time with each loss.")] = 60.0,
     steps: Annotated[int | None, Option(min=1, help="Steps with each loss, not seconds.")] = None,
     batch: Annotated[int, Option(min=2, help="Pairs N per step.")] = 2048,
-    dim: Annotated[int, Option(min=2, help="Features D.")] = 128,
+    dim: Annotated[int, Option(min=2, help="Features D.")] = 256,
     vocab: Annotated[int, Option(min=2, help="The most frequent words.")] = 32768,
     held_out: Annotated[int, Option(min=10, help="Pairs to retrieve.")] = 1000,
     evaluations: Annotated[int, Option(min=2, help="Points on each curve.")] = 12,
@@ -82,8 +85,12 @@ def towers_command(
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
-    train(runners, pairs, options, console)
-    overlap = word_overlap(pairs.held_out, pairs.train, options.words)
+    idf = rarity(pairs.train.codes, options.words)
+    seen, new = (
+        (Texts(side.docs, idf), Texts(side.codes, idf)) for side in (pairs.train, pairs.held_out)
+    )
+    train(runners, seen, new, options, console)
+    overlap = word_overlap(*new, options.words)
     out.mkdir(parents=True, exist_ok=True)
     write_points(out / "towers.csv", runners)
     write_curves(out / "towers.png", runners, overlap, options, len(pairs.held_out))
@@ -122,7 +129,9 @@ def load_pairs(
     return pairs
 
 
-def train(runners: list[Runner], pairs: PairSet, options: TowersOptions, console: Console) -> None:
+def train(
+    runners: list[Runner], seen: Sides, new: Sides, options: TowersOptions, console: Console
+) -> None:
     """Train behind one progress bar per loss."""
     with progress_bar(console, TextColumn("{task.fields[note]}")) as bar:
         tasks = {each.name: bar.add_task(each.name, total=1.0, note="") for each in runners}
@@ -132,4 +141,4 @@ def train(runners: list[Runner], pairs: PairSet, options: TowersOptions, console
             note = f"loss {runner.loss:.3f}  {rate:,.0f} pairs/s  t {runner.scale:.1f}"
             bar.update(tasks[runner.name], completed=runner.share(options), note=note)
 
-        train_in_turns(runners, pairs.train, pairs.held_out, options, on_step)
+        train_in_turns(runners, seen, new, options, on_step)

@@ -45,21 +45,20 @@ def write_points(path: Path, runners: Sequence[Runner]) -> None:
 def towers_table(
     runners: Sequence[Runner], overlap: Both, options: TowersOptions, candidates: int
 ) -> Table:
-    """What each loss found at the end, and how it got there; two lines each, one per direction."""
+    """What each loss found at the end, by docstring and by code, and how it got there."""
     table = plain_table(
-        f"N={options.batch:,} D={options.dim}, {amount(options)}: {candidates:,} held-out pairs, "
-        "query to partner"
+        f"N={options.batch:,} D={options.dim}, {amount(options)}: recall@k in %, "
+        f"{candidates:,} held-out pairs"
     )
     for heading in ("loss", "query"):
         table.add_column(heading, no_wrap=True)
-    scores = (*(f"R@{k}" for k in KS), "MRR")
-    for heading in (*scores, "ms/step", "steps", "loss", "t", "b"):
+    for heading in (*(f"R@{k}" for k in KS), "MRR", "ms", "steps", "loss", "t", "b"):
         table.add_column(heading, justify="right", no_wrap=True)
 
     def add(name: str, both: Both, training: Sequence[str] = (), style: str = "") -> None:
         first, second = (
-            [query, *(f"{each.recall[k]:.1%}" for k in KS), f"{each.mrr:.3f}"]
-            for query, each in zip(QUERIES, both, strict=True)
+            [query, *(f"{100 * each.recall[k]:.1f}" for k in KS), f"{each.mrr:.3f}"]
+            for query, each in zip(("doc", "code"), both, strict=True)
         )
         table.add_row(name, *first, *training, style=style)
         table.add_row("", *second, style=style)
@@ -70,12 +69,12 @@ def towers_table(
         if runner.diverged:
             table.add_row(runner.name, "diverged", style="dim")
             continue
-        speed = f"{runner.seconds / runner.steps * 1e3:,.1f}", f"{runner.steps:,}"
-        bias = "" if runner.bias is None else f"{runner.bias:.2f}"
+        speed = f"{runner.seconds / runner.steps * 1e3:,.0f}", f"{runner.steps:,}"
+        bias = "" if runner.bias is None else f"{runner.bias:.1f}"
         add(
             runner.name,
             found(runner.points[-1]),
-            (*speed, f"{runner.loss:.3f}", f"{runner.scale:.2f}", bias),
+            (*speed, f"{runner.loss:.3f}", f"{runner.scale:.1f}", bias),
         )
     return table
 

@@ -1,11 +1,11 @@
 """Two towers that learn to find a function's code by its docstring, with either pairwise loss.
 
-    x = docs(docstrings)                          # (N, D), rows of length 1
-    w = codes(functions)                          # (N, D), rows of length 1
+    x, w = towers(docstrings, codes)              # (N, D) each, rows of length 1
     lossops.sigmoid_pairwise_loss(x, w, t, b)     # the logits t x wᵀ + b (N, N) never exist
     lossops.softmax_pairwise_loss(x, w, t)
 
-Every loss gets towers with the same first weights, and the same batches in the same order.
+Every loss gets towers with the same first weights, and the same batches in the same order with the
+same words dropped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lossops
-from lossops_bench.towers_data import Bags, Pairs
+from lossops_bench.towers_data import Bags
 
 __all__ = [
     "KS",
@@ -28,7 +29,10 @@ __all__ = [
     "Point",
     "Retrieval",
     "Runner",
+    "Sides",
+    "Texts",
     "TowersOptions",
+    "rarity",
     "retrieval",
     "start",
     "train_in_turns",
@@ -45,9 +49,10 @@ class TowersOptions:
     """Sizes of the model and of its training, the same for every loss."""
 
     words: int  # of the vocabulary
-    dim: int = 128  # D
+    dim: int = 256  # D
     hidden: int = 512
     batch: int = 2048  # N
+    dropout: float = 0.5  # of words; without, the held-out recall fell again after five passes
     lr: float = 1e-3  # of the layers
     embedding_lr: float = 5e-3  # of the words, most of which are rare
     scale_lr: float = 1e-2  # of log t and b, which have far to go in few steps
@@ -122,48 +127,95 @@ PairLoss = SigmoidLoss | SoftmaxLoss
 LOSSES: dict[str, Callable[[], PairLoss]] = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}
 
 
-class Tower(nn.Module):
-    """Bags of words to features (N, D) of length 1: the mean of embeddings, one hidden layer."""
+class Towers(nn.Module):
+    """Bags of words to features (N, D) of length 1, of docstrings and of code.
+
+    A sum of words' vectors, which both sides share, and a hidden layer of each side beside it. The
+    vectors are random and the layers zero at first: what finds a partner then is a common word.
+    """
 
     def __init__(self, options: TowersOptions) -> None:
         super().__init__()
-        self.embedding = nn.EmbeddingBag(options.words, options.dim, mode="mean")
-        self.layers = nn.Sequential(
-            nn.Linear(options.dim, options.hidden),
-            nn.GELU(),
-            nn.Linear(options.hidden, options.dim),
-        )
+        self.embedding = nn.EmbeddingBag(options.words, options.dim, mode="sum")
+        # Small, or the steps of AdamW, all of one size, would take long to move them.
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.docs, self.codes = layers(options), layers(options)
 
-    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        return F.normalize(self.layers(self.embedding(ids, offsets)), dim=-1)
+    def forward(self, docs: Chosen, codes: Chosen) -> tuple[Tensor, Tensor]:
+        features = []
+        for (ids, offsets, weights), side in ((docs, self.docs), (codes, self.codes)):
+            h = self.embedding(ids, offsets, per_sample_weights=weights)  # (N, D)
+            features.append(F.normalize(h + side(h), dim=-1))
+        return features[0], features[1]
+
+
+def layers(options: TowersOptions) -> nn.Sequential:
+    """One hidden layer (N, D) → (N, D), zero at first."""
+    last = nn.Linear(options.hidden, options.dim)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(nn.Linear(options.dim, options.hidden), nn.GELU(), last)
 
 
 class Texts:
-    """Bags of words as tensors."""
+    """Bags of words as tensors: the distinct words of each text, weighted by log(1 + count) · idf.
 
-    def __init__(self, bags: Bags) -> None:
-        self.ids = torch.from_numpy(bags.ids).long()  # (T,)
-        self.starts = torch.from_numpy(bags.starts)  # (P + 1,)
+    The weights of a text are a vector of length 1.
+    """
+
+    def __init__(self, bags: Bags, idf: Tensor) -> None:
+        rows, self.ids, counts = distinct(bags, len(idf))
+        weights = counts.log1p() * idf[self.ids]  # (T,)
+        squares = torch.zeros(len(bags)).index_add_(0, rows, weights.square())
+        self.weights = weights / squares.sqrt().clamp(min=1e-6)[rows]
+        lengths = rows.bincount(minlength=len(bags))
+        self.starts = F.pad(lengths.cumsum(0), (1, 0))  # (P + 1,)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The ids of the texts ``rows`` (N,), one after the other, and where each begins (N,)."""
+    def take(self, rows: Tensor) -> Chosen:
+        """The words of the texts ``rows`` (N,), one text after the other."""
         first = self.starts[rows]
         lengths = self.starts[rows + 1] - first
         offsets = lengths.cumsum(0) - lengths
         shift = (first - offsets).repeat_interleave(lengths)
-        return self.ids[torch.arange(len(shift)) + shift], offsets
+        places = torch.arange(len(shift)) + shift
+        return Chosen(self.ids[places], offsets, self.weights[places])
 
-    def rows(self) -> Tensor:
-        """The text that each id is in, (T,)."""
-        return torch.arange(len(self)).repeat_interleave(self.starts.diff())
+    def table(self, words: int) -> Tensor:
+        """All weights, (P, words)."""
+        rows = torch.arange(len(self)).repeat_interleave(self.starts.diff())
+        return torch.zeros(len(self), words).index_put_((rows, self.ids), self.weights)
 
-    def counts(self, words: int) -> Tensor:
-        """How often each word is in each text, (P, words)."""
-        table = torch.zeros(len(self), words)
-        return table.index_put_((self.rows(), self.ids), torch.ones(()), accumulate=True)
+
+class Chosen(NamedTuple):
+    """Some texts, as `EmbeddingBag` takes them."""
+
+    ids: Tensor  # (T,)
+    offsets: Tensor  # (N,), where each text begins
+    weights: Tensor  # (T,)
+
+    def some(self, dropout: float, generator: torch.Generator) -> Chosen:
+        """Without a random part of the words; lengths do not matter to what follows."""
+        kept = torch.rand(self.weights.shape, generator=generator) >= dropout
+        return self._replace(weights=self.weights * kept)
+
+
+def distinct(bags: Bags, words: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which text and which word, each pair once in the order of the texts, and how often, (T,)."""
+    starts = torch.from_numpy(bags.starts)
+    rows = torch.arange(len(bags)).repeat_interleave(starts.diff())
+    once, counts = (rows * words + torch.from_numpy(bags.ids)).unique(return_counts=True)
+    return once // words, once % words, counts
+
+
+def rarity(bags: Bags, words: int) -> Tensor:
+    """The idf of each word (words,): log((1 + texts) / (1 + texts with the word))."""
+    _, ids, _ = distinct(bags, words)
+    idf = ((1 + len(bags)) / (1 + ids.bincount(minlength=words))).log()
+    idf[0] = 0  # two unknown words need not be the same
+    return idf
 
 
 @dataclass
@@ -171,11 +223,12 @@ class Runner:
     """One loss in training: its towers, and the points so far."""
 
     name: str
-    docs: Tower
-    codes: Tower
+    towers: Towers
     loss_of: PairLoss
     batches: Iterator[Tensor]
     optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # of the words that are dropped
+    dropout: float
     seconds: float = 0.0
     steps: int = 0
     loss: float = math.nan
@@ -203,7 +256,8 @@ class Runner:
         """One batch; its time counts from the choice of the pairs to the new weights."""
         started = time.perf_counter()
         rows = next(self.batches)  # (N,)
-        loss = self.loss_of(self.docs(*docs.take(rows)), self.codes(*codes.take(rows)))
+        some = (side.take(rows).some(self.dropout, self.generator) for side in (docs, codes))
+        loss = self.loss_of(*self.towers(*some))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -216,11 +270,15 @@ class Runner:
     def evaluate(self, docs: Texts, codes: Texts) -> None:
         """Note how well the held-out pairs find each other."""
         every = torch.arange(len(docs))
-        scores = self.docs(*docs.take(every)) @ self.codes(*codes.take(every)).T  # (P, P)
-        found = retrieval(scores), retrieval(scores.T)
+        x, w = self.towers(docs.take(every), codes.take(every))  # (P, D)
+        found = retrieval(x @ w.T), retrieval(w @ x.T)
         self.points.append(
             Point(self.seconds, self.steps, self.loss, self.scale, self.bias, *found)
         )
+
+
+Sides = tuple[Texts, Texts]
+"""Docstrings, and the code of each."""
 
 
 def retrieval(scores: Tensor) -> Retrieval:
@@ -235,20 +293,9 @@ def retrieval(scores: Tensor) -> Retrieval:
     return Retrieval(recall, (1 / ranks.double()).mean().item())
 
 
-def word_overlap(held_out: Pairs, train: Pairs, words: int) -> tuple[Retrieval, Retrieval]:
-    """What common words find without any training, docstring → code and code → docstring.
-
-    The cosine of log(1 + count) · idf, with the idf of the words in the code of ``train``.
-    """
-    seen = Texts(train.codes)
-    once = (seen.rows() * words + seen.ids).unique() % words  # each word of a text once
-    idf = ((1 + len(seen)) / (1 + once.bincount(minlength=words))).log()  # (words,)
-    idf[0] = 0  # two unknown words need not be the same
-    docs, codes = (
-        F.normalize(Texts(side).counts(words).log1p() * idf)  # (P, words)
-        for side in (held_out.docs, held_out.codes)
-    )
-    scores = docs @ codes.T
+def word_overlap(docs: Texts, codes: Texts, words: int) -> tuple[Retrieval, Retrieval]:
+    """What common words find without any training, docstring → code and code → docstring."""
+    scores = docs.table(words) @ codes.table(words).T  # (P, P), cosines
     return retrieval(scores), retrieval(scores.T)
 
 
@@ -271,28 +318,28 @@ def start(name: str, pairs: int, options: TowersOptions) -> Runner:
             f"--batch must be at most the number of pairs to train on, {pairs}, got {options.batch}"
         )
     torch.manual_seed(options.seed)
-    docs, codes, loss_of = Tower(options), Tower(options), LOSSES[name]()
-    embeddings = [docs.embedding.weight, codes.embedding.weight]
-    layers = [*docs.layers.parameters(), *codes.layers.parameters()]
+    towers, loss_of = Towers(options), LOSSES[name]()
+    hidden = [*towers.docs.parameters(), *towers.codes.parameters()]
     groups = [
-        {"params": embeddings, "lr": options.embedding_lr, "weight_decay": 0.0},
-        {"params": layers, "lr": options.lr},
+        {"params": [towers.embedding.weight], "lr": options.embedding_lr, "weight_decay": 0.0},
+        {"params": hidden, "lr": options.lr},
         {"params": [*loss_of.parameters()], "lr": options.scale_lr, "weight_decay": 0.0},
     ]
     return Runner(
         name,
-        docs,
-        codes,
+        towers,
         loss_of,
         batches(pairs, options.batch, options.seed),
         torch.optim.AdamW(groups, fused=True),
+        torch.Generator().manual_seed(options.seed),
+        options.dropout,
     )
 
 
 def train_in_turns(
     runners: Sequence[Runner],
-    train: Pairs,
-    held_out: Pairs,
+    train: Sides,
+    held_out: Sides,
     options: TowersOptions,
     on_step: Callable[[Runner], None] = lambda runner: None,
 ) -> None:
@@ -300,21 +347,19 @@ def train_in_turns(
 
     Args:
         runners: as `start` made them.
-        train: the pairs to train on.
-        held_out: the pairs to retrieve.
+        train: docstrings and codes to train on.
+        held_out: docstrings and codes to retrieve.
         options: the sizes.
         on_step: hears after each step which runner took it, on nobody's time.
     """
-    docs, codes = Texts(train.docs), Texts(train.codes)
-    answers = Texts(held_out.docs), Texts(held_out.codes)
     for runner in runners:
-        runner.evaluate(*answers)  # untrained
+        runner.evaluate(*held_out)  # untrained
     for until in options.shares():
         for runner in runners:
             if runner.share(options) >= until:  # one long step led past this one and the one before
                 continue
             while runner.share(options) < until and not runner.diverged:
-                runner.step(docs, codes)
+                runner.step(*train)
                 on_step(runner)
             if not runner.diverged:
-                runner.evaluate(*answers)
+                runner.evaluate(*held_out)

@@ -7,7 +7,6 @@ N images and V texts; pair i is the diagonal. t = 10 and b = -10, as training be
 the gradients of both features, of t and of b: three products, 6 N D V operations.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,7 +30,7 @@ __all__ = ["SIGMOID", "SOFTMAX"]
 SCALE, BIAS = 10.0, -10.0
 
 
-def make_inputs(problem: Problem) -> Tensors:
+def make_inputs(loss: str, problem: Problem) -> Tensors:
     """Unit vectors; those of a pair have a cosine near 0.7."""
     n, d, v = problem.shape.rows, problem.shape.features, problem.shape.classes
     w = normal(v, d, 1.0, problem, stream=1)
@@ -43,17 +42,18 @@ def make_inputs(problem: Problem) -> Tensors:
         for block in features.split(2**16):
             block.copy_(F.normalize(block.to(wide), dim=1))
     scalar = partial(torch.full, (1,), dtype=wide, device=problem.device)
-    return {
-        "image_features": x,
-        "text_features": w,
-        "logit_scale": scalar(fill_value=SCALE),
-        "logit_bias": scalar(fill_value=BIAS),
-    }
+    inputs = {"image_features": x, "text_features": w, "logit_scale": scalar(fill_value=SCALE)}
+    if loss == "softmax":
+        return inputs
+    ids = torch.arange(n, device=problem.device)  # by number: parts of the rows keep theirs
+    positives = torch.where(ids < v, ids, -1).unsqueeze(1)
+    return inputs | {"logit_bias": scalar(fill_value=BIAS), "positives": positives}
 
 
 def truth(loss: str, problem: Problem, inputs: Tensors) -> Truth:
     """In float64, a slab of rows at a time; columns' sums first where the loss has them."""
-    x, w, t, b = (value.detach().double() for value in inputs.values())
+    x, w, t = (value.detach().double() for value in [*inputs.values()][:3])
+    b = inputs["logit_bias"].detach().double() if loss == "sigmoid" else 0.0
     rows, columns = some(len(x), 128, x.device), some(len(w), 1024, x.device)
     lse, pairs = x.new_full((len(w),), -torch.inf), min(len(x), len(w))
     if loss == "softmax":
@@ -89,42 +89,57 @@ def truth(loss: str, problem: Problem, inputs: Tensors) -> Truth:
     return Truth(total / (len(x) if loss == "sigmoid" else pairs), gradients)
 
 
-def logits(x: Tensor, w: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    return torch.addmm(b.to(x.dtype).expand(len(w)), x * t.to(x.dtype), w.T)
-
-
-def sigmoid_of(z: Tensor) -> Tensor:
-    y = 2 * torch.eye(*z.shape, dtype=z.dtype, device=z.device) - 1
+def plain_sigmoid(
+    upcast: bool, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
+    logit_bias: Tensor, positives: Tensor,
+) -> Tensor:  # fmt: skip
+    x, b = (
+        image_features * logit_scale.to(image_features.dtype),
+        logit_bias.to(image_features.dtype),
+    )
+    z = torch.addmm(b.expand(len(text_features)), x, text_features.T)
+    z = z.float() if upcast and z.itemsize < 4 else z
+    y = torch.full_like(z, -1.0)
+    y.scatter_(1, positives.clamp_min(0), torch.where(positives < 0, -1.0, 1.0).to(z.dtype))
     return -F.logsigmoid(y * z).sum() / len(z)
 
 
-def softmax_of(z: Tensor) -> Tensor:
+def plain_softmax(
+    upcast: bool, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> Tensor:
+    z = (image_features * logit_scale.to(image_features.dtype)) @ text_features.T
+    z = z.float() if upcast and z.itemsize < 4 else z
     pairs = min(z.shape)
     y = torch.arange(pairs, device=z.device)
     return (F.cross_entropy(z[:pairs], y) + F.cross_entropy(z.T[:pairs], y)) / 2
 
 
-def plain(loss: str, upcast: bool, image_features: Tensor, text_features: Tensor,
-          logit_scale: Tensor, logit_bias: Tensor) -> Tensor:  # fmt: skip
-    bias = logit_bias if loss == "sigmoid" else torch.zeros_like(logit_bias)
-    z = logits(image_features, text_features, logit_scale, bias)
-    return _OF_LOGITS[loss](z.float() if upcast and z.itemsize < 4 else z)
-
-
-_OF_LOGITS = {"sigmoid": sigmoid_of, "softmax": softmax_of}
-
-
-def lossops_loss(loss: str, backend: str, image_features: Tensor, text_features: Tensor,
-                 logit_scale: Tensor, logit_bias: Tensor) -> Tensor:  # fmt: skip
+def lossops_sigmoid(
+    backend: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
+    logit_bias: Tensor, positives: Tensor,
+) -> Tensor:  # fmt: skip
     import lossops
 
-    if loss == "sigmoid":
-        return lossops.sigmoid_pairwise_loss(
-            image_features, text_features, logit_scale, logit_bias, backend=backend
-        )
+    return lossops.sigmoid_pairwise_loss(
+        image_features, text_features, logit_scale, logit_bias, positives=positives,
+        backend=backend,
+    )  # fmt: skip
+
+
+def lossops_softmax(
+    backend: str, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> Tensor:
+    import lossops
+
     return lossops.softmax_pairwise_loss(
         image_features, text_features, logit_scale, backend=backend
     )
+
+
+LOSSES = {
+    "sigmoid": (plain_sigmoid, lossops_sigmoid),
+    "softmax": (plain_softmax, lossops_softmax),
+}
 
 
 def little(problem: Problem) -> int:
@@ -134,32 +149,32 @@ def little(problem: Problem) -> int:
 
 
 def lossops_rival(loss: str, backend: str, summary: str) -> Rival:
-    call = partial(lossops_loss, loss, backend)
-    return Rival(f"lossops-{backend}", summary, call, little, objection=partial(_against, call))
+    call = partial(LOSSES[loss][1], backend)
+    objection = partial(_against, loss, call)
+    return Rival(f"lossops-{backend}", summary, call, little, objection=objection)
 
 
-def _against(call: partial[Tensor], problem: Problem) -> str | None:
-    small = tiny(problem)
-    shape = replace(small.shape, classes=small.shape.rows)
-    return trial(call, make_inputs, replace(small, shape=shape))
+def _against(loss: str, call: partial[Tensor], problem: Problem) -> str | None:
+    return trial(call, partial(make_inputs, loss), tiny(problem))
 
 
 def case(loss: str, summary: str, gradients: dict[str, str]) -> Case:
     return Case(
         name=f"{loss}_pairwise",
         summary=summary,
-        make_inputs=make_inputs,
+        make_inputs=partial(make_inputs, loss),
         differentiable={"image_features": "dx", "text_features": "dw", **gradients},
-        per_row=("image_features",),
+        per_row=("image_features", "positives"),
         truth=partial(truth, loss),
         truth_flops=truth_flops,
         cost=cost,
         resident_bytes=resident_bytes,
+        in_parts=loss == "sigmoid",
         unit=Unit("GEMM", partial(product_ways, "image_features", "text_features"), product_cost),
         rivals=(
             lossops_rival(loss, "cpp", "lossops, C++ backend"),
             lossops_rival(loss, "reference", "lossops, plain PyTorch in tiles"),
-            *torch_rivals(partial(plain, loss, True), partial(plain, loss, False)),
+            *torch_rivals(*(partial(LOSSES[loss][0], upcast) for upcast in (True, False))),
         ),
     )  # fmt: skip
 
