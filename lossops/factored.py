@@ -118,7 +118,8 @@ class FactoredSphericalHead(nn.Module):
         dtype: of the weight, float32 or float64. Default: ``None``.
 
     Note:
-        Memory: V·D in the table and, for V classes, √(2 V / D) matrices of D² at most.
+        Memory: V·D in the table (2·V·D with momentum) and, for V classes, at most √(2 V / E)
+        matrices of E² and never fewer than 4, E = D, or 2 D with momentum.
 
     Example:
         >>> import torch, lossops

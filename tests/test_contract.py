@@ -9,6 +9,7 @@ Inputs are rounded to their dtype first; the oracle is plain PyTorch in float64 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import json
@@ -813,6 +814,13 @@ MEMORY = {
     "one_sweep-bf16": ("bf16", {"max_workspace_bytes": 32 * MIB}, 32 * MIB),
     "two_sweeps-f32": ("f32", {"schedule": "two_sweeps"}, 64 * MIB),
     "two_sweeps-bf16": ("bf16", {"schedule": "two_sweeps"}, 64 * MIB + 4 * 32 * 1024),
+    "sigmoid-f32": ("f32", {}, 16 * MIB),
+    "sigmoid-bf16": ("bf16", {}, 16 * MIB + 4 * 32 * (1024 + 32768)),
+    "softmax-f32": ("f32", {}, 16 * MIB),
+}
+PAIRS = {
+    "sigmoid": lambda x, w, **o: lossops.sigmoid_pairwise_loss(x, w, 10.0, -10.0, **o),
+    "softmax": lambda x, w, **o: lossops.softmax_pairwise_loss(x, w, 10.0, **o),
 }
 
 
@@ -833,11 +841,14 @@ def peak_bytes(*backends: str) -> None:
         leaves = [torch.empty(k, d, dtype=DTYPES[dtype]).uniform_(-1, 1).requires_grad_()
                   for k in (n, v)]  # fmt: skip
         y = torch.arange(n)
+        options = {"options": LinearLossOptions(**options)} if options else {}
+        loss = PAIRS.get(case.partition("-")[0])
+        call = loss and functools.partial(loss, backend=backend)
         # Threads, GEMM's own buffers and lazy imports are paid once, not by this call.
-        ours(y[:64], backend)(leaves[0][:64], leaves[1][:64]).backward()
+        (call or ours(y[:64], backend))(leaves[0][:64], leaves[1][:64]).backward()
         leaves[0].grad = leaves[1].grad = None
         before = status("VmRSS")
-        ours(y, backend, options=LinearLossOptions(**options))(*leaves).backward()
+        (call or ours(y, backend, **options))(*leaves).backward()
         gradients = sum(t.grad.nbytes for t in leaves)
         print(json.dumps([backend, case, status("VmHWM") - before - gradients]), flush=True)
         os._exit(0)

@@ -140,13 +140,9 @@ def work(rank: int, rows: list[int], folder: str) -> None:
     found: dict[str, Any] = {}
     group = dist.group.WORLD
     for name, (case, exchange) in CASES.items():
-        found[name] = run(
-            case, x, w, part, sum(rows), batch_group=group, exchange=exchange
-        )
+        found[name] = run(case, x, w, part, sum(rows), batch_group=group, exchange=exchange)
     for exchange in ("ring", "gather"):
-        model = nn.parallel.DistributedDataParallel(
-            Towers(batch_group=group, exchange=exchange)
-        )
+        model = nn.parallel.DistributedDataParallel(Towers(batch_group=group, exchange=exchange))
         model(x[part], w[part]).backward()
         found[f"ddp-{exchange}"] = [p.grad for p in model.parameters()]
     halves = [t[part].bfloat16().requires_grad_() for t in (x, w)]

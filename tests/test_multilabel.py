@@ -98,9 +98,7 @@ def test_sparse_forms_and_leading_dims(backend: str) -> None:
     )
     assert each.shape == (4, 5)
     none = lossops.linear_binary_cross_entropy(x, w, torch.empty(N, 0).long(), backend=backend)
-    torch.testing.assert_close(
-        none, plain_bce(x, w, torch.zeros(V).double(), torch.zeros(N, V))
-    )
+    torch.testing.assert_close(none, plain_bce(x, w, torch.zeros(V).double(), torch.zeros(N, V)))
 
 
 def test_asymmetric_reference_values(backend: str) -> None:

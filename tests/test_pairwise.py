@@ -272,7 +272,9 @@ def test_nothing_is_saved_of_the_size_of_the_pairs(backend: str) -> None:
     n = 512
     saved: list[int] = []
     x, w = (v.requires_grad_() for v in features(n, n, 4, torch.float32))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
         lossops.sigmoid_pairwise_loss(x, w, 10.0, -10.0, backend=backend).backward()
         lossops.softmax_pairwise_loss(x, w, 10.0, backend=backend).backward()
     assert sum(saved) < 100 * n
@@ -293,6 +295,21 @@ def test_under_compile_func_and_autocast() -> None:
         )
         with torch.autocast("cpu", torch.bfloat16):
             assert loss(*inputs).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_more_than_31_bits_of_pairs() -> None:
+    """2.2e9 of them; the last rows come out as they do alone."""
+    x, w = features(66_000, 32_768, 1, torch.float32)
+    tail = slice(-50, None)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        none = no_positives(len(x))
+        return lossops.sigmoid_pairwise_loss(x, w, 2.0, -4.0, positives=none, reduction="none")
+
+    losses, dx, _ = value_and_gradients(loss, (x, w))
+    alone = value_and_gradients(loss, (x[tail], w))
+    torch.testing.assert_close([losses[tail], dx[tail]], alone[:2])
 
 
 # --- Softmax
@@ -352,9 +369,7 @@ def test_softmax_against_its_definition(
         spec = {"decoupled": options.get("decoupled", False),
                 "smoothing": options.get("label_smoothing", 0.0)}  # fmt: skip
         rows = mean_of(dense_softmax(z, labels, excluded, moved=moved, **spec), labels)
-        columns = mean_of(
-            dense_softmax(z.T, labels.T, excluded.T, moved=moved.T, **spec), labels.T
-        )
+        columns = mean_of(dense_softmax(z.T, labels.T, excluded.T, moved=moved.T, **spec), labels.T)
         return {"rows": rows, "columns": columns, "both": (rows + columns) / 2}[direction]
 
     def ours(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -373,7 +388,10 @@ def test_softmax_no_worse_than_pytorch(dtype: str, backend: str) -> None:
     (t,) = scalars(20.0, dtype=torch.float32)
 
     def plain(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        z, y = ((t * x) @ w.T).to(t.dtype if x.dtype != torch.float64 else x.dtype), torch.arange(300)
+        z, y = (
+            ((t * x) @ w.T).to(t.dtype if x.dtype != torch.float64 else x.dtype),
+            torch.arange(300),
+        )
         return (F.cross_entropy(z.float() if dtype != "f32" and x.dtype != torch.float64 else z, y)
                 + F.cross_entropy(z.T.float() if dtype != "f32" and x.dtype != torch.float64
                                   else z.T, y)) / 2  # fmt: skip

@@ -125,13 +125,17 @@ class Rank:
 
     def loss(self) -> Callable[..., Tensor]:
         """Of x, w, t and, for the sigmoid loss, b."""
-        if self.configuration.plain:
-            return {"sigmoid": plain_sigmoid, "softmax": plain_softmax}[self.work.loss]
-        losses: dict[str, Callable[..., Tensor]] = {
+        plain: dict[str, Callable[..., Tensor]] = {
+            "sigmoid": plain_sigmoid,
+            "softmax": plain_softmax,
+        }
+        ours: dict[str, Callable[..., Tensor]] = {
             "sigmoid": lossops.sigmoid_pairwise_loss,
             "softmax": lossops.softmax_pairwise_loss,
         }
-        function = losses[self.work.loss]
+        if self.configuration.plain:
+            return plain[self.work.loss]
+        function = ours[self.work.loss]
         if self.configuration.processes == 1:
             return function
         exchange = self.configuration.exchange

@@ -34,8 +34,8 @@ TRUTH_FLOPS = 10**11
 
 
 LONG_FLOPS = 10**13
-PARTS = 64
-"""Parts of a long problem."""
+PARTS, PART_ROWS = 64, 16384
+"""Parts of a long problem: at most so many, of no fewer rows. Every part writes all of dw."""
 UNIT_ROWS = 8192
 """Rows on which the unit of a long problem is timed."""
 
@@ -203,7 +203,7 @@ class _Run:
         for output in (*sums.values(), *rows.values()):
             output.zero_()  # touched, so that it is no part of the peak
         trim()
-        meter, spent, size = best_meter(), 0.0, -(-n // PARTS)
+        meter, spent, size = best_meter(), 0.0, max(PART_ROWS, -(-n // PARTS))
         for first in range(0, n, size):
             part = case.rows(own, first, min(n, first + size))
             share = len(part[case.per_row[0]]) / n
@@ -221,7 +221,7 @@ class _Run:
             self.on_step(f"{rival.name}: {min(n, first + size):,} of {n:,} rows")
         mine = self.figures[rival.name]
         mine.extra_bytes = max(0, meter.extra())
-        mine.memory_method, mine.note = f"{meter.method}, in this process", f"{PARTS} parts"
+        mine.memory_method, mine.note = f"{meter.method}, in this process", f"{-(-n // size)} parts"
         return spent
 
     def race(self, inputs: Tensors) -> tuple[list[Figures], str]:

@@ -19,9 +19,9 @@ namespace lossops {
 // Rows in flight at once where a call is not a chunk: with 2048 classes 16 MiB of logits.
 constexpr int64_t kRowBlock = 2048;
 
-// What half-precision rows of x, of w and of dw may each take in float32. With the logits that is
-// all the scratch there is: 64 MiB.
-constexpr int64_t kUpcastBytes = 16 << 20;
+// Half-precision rows of x, of w and of dw are each taken in float32, at most so many and so much
+// of them: all the scratch there is, with the logits, is 4 to 64 MiB.
+constexpr int64_t kUpcastRows = 1024, kUpcastBytes = 16 << 20;
 
 template <typename S>
 constexpr auto kDtype = c10::CppTypeToScalarType<S>::value;
@@ -36,7 +36,7 @@ void each_part(int64_t total, int64_t part, F&& f) {
 inline int64_t rows_in_flight(const Head& head, int64_t count) {
   if (!at::isReducedFloatingType(head.x.scalar_type())) return count;
   const int64_t fit = kUpcastBytes / (4 * std::max<int64_t>(1, head.x.size(1)));
-  return std::min(count, std::max<int64_t>(256, fit / 64 * 64));
+  return std::min({count, kUpcastRows, std::max<int64_t>(256, fit / 64 * 64)});
 }
 
 inline std::optional<double> factor(const MaybeTensor& scale) {
