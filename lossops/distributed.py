@@ -3,9 +3,10 @@
 Each rank holds N_r rows of x and M_r of w, any number of either. A loss over all pairs visits every
 block (x of one rank, w of another) once:
 
-* **ring**: w travels from rank to rank, one step ahead of the products; what it collects on the
-  way (its gradient, or the log-sums of its columns) follows one step behind and ends where w came
-  from. Beside its own rows a rank holds two blocks of w and two of what they collect.
+* **ring**: w travels from rank to rank in pieces of some rows, one step ahead of the products; what
+  a piece collects on the way (its gradient, or the log-sums of its columns) follows one step behind
+  and ends where the piece came from. Beside its own rows a rank holds two pieces of w and three of
+  what they collect.
 * **gather**: every rank receives all of w; the gradients are summed over the ranks.
 
 Every rank returns the loss of the whole batch. Its gradients are those of that loss times the
@@ -31,6 +32,8 @@ from lossops.schedules import without_autocast
 from lossops.statistics import logaddexp
 
 EXCHANGES = ("ring", "gather")
+PIECE = 1024
+"""Rows of w that travel at once, as many as a tile of them needs; on a GPU eight times as many."""
 Optional = Tensor | None
 Block = list[Tensor]
 
@@ -73,19 +76,43 @@ def ring(
     block: Block,
     those: Peers,
     collected: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    visit: Callable[[int, Block], Block],
+    visit: Callable[[int, int, Block], Block],
     merge: Callable[[Block, Block], Block],
 ) -> Block:
-    """Visits the blocks of all ranks, this rank's first; returns what its own collected everywhere.
+    """Visits the blocks of all ranks, piece by piece; returns what this rank's own collected.
 
     Args:
         block: this rank's tensors, each (M_r, ...), to be shown to every rank.
         those: the ranks; ``columns`` are the M_r.
-        collected: trailing shape and dtype of the tensors (M_r, ...) that ``visit`` returns.
-        visit: ``visit(owner, block)``, computing while the next block arrives.
-        merge: of what a block collected before and here.
+        collected: trailing shape and dtype of the tensors that ``visit`` returns, with the rows of
+            its piece.
+        visit: ``visit(owner, first, piece)``, rows [first, ...) of the owner's block, computing
+            while the next piece arrives.
+        merge: of what a piece collected before and here.
     """
-    size, rank, counts = those.size, those.rank, those.columns
+    own = those.columns[those.rank]
+    home = [block[0].new_empty(own, *shape, dtype=dtype) for shape, dtype in collected]
+    size = PIECE if block[0].device.type == "cpu" else 8 * PIECE
+    for first in range(0, max(*those.columns, 1), size):
+        counts = [min(max(count - first, 0), size) for count in those.columns]
+        piece = [t[first : first + size].contiguous() for t in block]
+        back = _piece_around(piece, counts, first, those, collected, visit, merge)
+        for t, part in zip(home, back, strict=True):
+            t[first : first + size] = part
+    return home
+
+
+def _piece_around(
+    piece: Block,
+    counts: Sequence[int],
+    first: int,
+    those: Peers,
+    collected: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    visit: Callable[[int, int, Block], Block],
+    merge: Callable[[Block, Block], Block],
+) -> Block:
+    """One piece of every rank goes around; returns what this rank's collected."""
+    size, rank = those.size, those.rank
     to, source = (rank - 1) % size, (rank + 1) % size
 
     def exchange(outgoing: Block, arriving: Block, tag: int) -> list[Any]:
@@ -98,33 +125,33 @@ def ring(
     def start(operations: list[Any]) -> list[Any]:
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def room(like: Block, count: int) -> Block:
-        return [t.new_empty(count, *t.shape[1:]) for t in like]
+    def room(count: int) -> Block:
+        return [piece[0].new_empty(count, *shape, dtype=dtype) for shape, dtype in collected]
 
-    current, carried = [t.contiguous() for t in block], None
+    current, carried = piece, room(0)
+    outgoing: Block
+    arriving: Block
+    following: Block
     for step in range(size):
         owner = (rank + step) % size
-        arriving = room(current, counts[(owner + 1) % size]) if step + 1 < size else []
-        following: Block = []
-        operations = exchange(current, arriving, 1) if arriving else []
-        if carried is not None:
-            following = [
-                block[0].new_empty(counts[owner], *shape, dtype=dtype) for shape, dtype in collected
-            ]
-            operations += exchange(carried, following, 2)
-        works = start(operations)
-        found = visit(owner, current)
+        outgoing, arriving, following = [], [], []
+        if step + 1 < size:
+            outgoing = current
+            arriving = [t.new_empty(counts[(owner + 1) % size], *t.shape[1:]) for t in current]
+        if step:
+            following = room(counts[owner])
+        works = start([*exchange(outgoing, arriving, 1), *exchange(carried, following, 2)])
+        found = visit(owner, first, current)
         for work in works:
             work.wait()
-        carried = merge(following, found) if step and collected else found
+        carried = merge(following, found) if step else found
         current = arriving
-    assert carried is not None
-    if size == 1 or not collected:
+    if size == 1:
         return carried
-    home = [block[0].new_empty(counts[rank], *shape, dtype=dtype) for shape, dtype in collected]
-    for work in start(exchange(carried, home, 2)):
+    back = room(counts[rank])
+    for work in start(exchange(carried, back, 2)):
         work.wait()
-    return home
+    return back
 
 
 def whole(local: Tensor, group: Any, size: int) -> Tensor:
@@ -184,23 +211,23 @@ class RingBinaryLoss(torch.autograd.Function):
         factor: Tensor,
         loss: Binary,
         those: Peers,
+        needs: list[bool],
         backend: str,
     ) -> Tensor:
         acc = accumulate_dtype(x.dtype)
         inputs = (x, w, bias, scale)
-        needs = [t is not None and t.requires_grad for t in inputs]
         losses = x.new_zeros(x.shape[0], dtype=acc)
         dx = torch.zeros(x.shape, dtype=acc, device=x.device) if needs[0] else None
         scalars = x.new_zeros(2, dtype=acc)  # dbias, dscale
 
-        def visit(owner: int, block: Block) -> Block:
-            (wb,) = block
-            first = sum(those.columns[:owner])
+        def visit(owner: int, at: int, piece: Block) -> Block:
+            (wb,) = piece
+            first = sum(those.columns[:owner]) + at
             inside = (ids >= first) & (ids < first + wb.shape[0])
             target = torch.where(inside, ids - first, -1)
             b = None if bias is None else bias.expand(wb.shape[0])
             if not wb.shape[0]:
-                return [wb.new_empty(wb.shape, dtype=acc)]
+                return [wb.new_empty(wb.shape, dtype=acc)] if needs[1] else []
             found, dxb, dwb, dbb, dscale = torch.ops.lossops.linear_binary_loss(
                 x, wb, b, scale, target, None, None, None, factor, loss.kind, loss.numbers, needs,
                 backend,
@@ -212,7 +239,7 @@ class RingBinaryLoss(torch.autograd.Function):
                 scalars[0] += dbb.sum()
             if needs[3]:
                 scalars[1] += dscale
-            return [dwb]
+            return [dwb] if needs[1] else []
 
         collected = [((w.shape[1],), acc)] if needs[1] else []
         with without_autocast(x.device):
@@ -232,7 +259,7 @@ class RingBinaryLoss(torch.autograd.Function):
             for gradient, need, t in zip(ctx.gradients, ctx.needs, ctx.saved_tensors, strict=True)
         ]
         dx, dw, dbias, dscale = found
-        return (dx, dw, dscale, dbias, *(None,) * 5)
+        return (dx, dw, dscale, dbias, *(None,) * 6)
 
 
 def _add_blocks(before: Block, here: Block) -> Block:
@@ -250,20 +277,20 @@ class RingPairStatistics(torch.autograd.Function):
         n = x.shape[0]
         empty = x.new_full((n,), -torch.inf, dtype=acc)
         rows: Block = [torch.zeros_like(empty), empty]
-        diagonal = torch.arange(n, device=x.device).unsqueeze(1)
         target = x.new_empty(n, 1, dtype=acc)
 
-        def visit(owner: int, block: Block) -> Block:
-            (wb,) = block
-            ids = diagonal if owner == those.rank else None
+        def visit(owner: int, at: int, piece: Block) -> Block:
+            (wb,) = piece
+            ids = _diagonal(x, at, wb) if owner == those.rank else None
             if not n or not wb.shape[0]:
                 nothing = wb.new_full((wb.shape[0],), -torch.inf, dtype=acc)
                 return [torch.zeros_like(nothing), nothing]
-            shift, lse, *columns, at = torch.ops.lossops.linear_pair_statistics(
+            shift, lse, *columns, own = torch.ops.lossops.linear_pair_statistics(
                 x, wb, scale, ids, backend
             )
             if ids is not None:
-                target.copy_(at + shift.unsqueeze(1))
+                here = slice(at, at + wb.shape[0])
+                target[here] = (own + shift.unsqueeze(1))[here]
             rows[:] = _merge_sums(rows, [shift, lse])
             return list(columns)
 
@@ -287,12 +314,11 @@ class RingPairStatistics(torch.autograd.Function):
         n = x.shape[0]
         dx = torch.zeros(x.shape, dtype=acc, device=x.device)
         part = torch.empty_like(dx)
-        diagonal = torch.arange(n, device=x.device).unsqueeze(1)
         given = torch.zeros_like(column_lse) if by_column is None else by_column
 
-        def visit(owner: int, block: Block) -> Block:
-            wb, shift_b, lse_b, by_column_b = block
-            ids = diagonal if owner == those.rank else None
+        def visit(owner: int, first: int, piece: Block) -> Block:
+            wb, shift_b, lse_b, by_column_b = piece
+            ids = _diagonal(x, first, wb) if owner == those.rank else None
             dw = torch.zeros(wb.shape, dtype=acc, device=x.device)
             if n and wb.shape[0]:
                 nothing = x.new_empty(n, 0, dtype=acc)
@@ -320,6 +346,12 @@ class RingPairStatistics(torch.autograd.Function):
         )
 
 
+def _diagonal(x: Tensor, first: int, piece: Tensor) -> Tensor:
+    """Where this rank's pairs (i, i) stand in a piece of its own columns, (N, 1), -1 outside."""
+    ids = torch.arange(x.shape[0], device=x.device) - first
+    return torch.where((ids >= 0) & (ids < piece.shape[0]), ids, -1).unsqueeze(1)
+
+
 def _merge_sums(a: Block, b: Block) -> Block:
     """[shift, log-sum relative to it] of two parts."""
     (shift_a, lse_a), (shift_b, lse_b) = a, b
@@ -341,7 +373,9 @@ def ring_binary_loss(
     backend: str,
 ) -> Tensor:
     """This rank's Σ f loss over all columns; its gradients are those of the sum over ranks."""
+    inputs = (head.x, head.w, bias, head.scale)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     found: Tensor = apply(
-        RingBinaryLoss, head.x, head.w, head.scale, bias, ids, factor, loss, those, backend
+        RingBinaryLoss, head.x, head.w, head.scale, bias, ids, factor, loss, those, needs, backend
     )
     return found

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lossops
+from lossops import distributed
 
+PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel.distributed", "pytest", "lossops"]
 TIMEOUT = 60  # seconds, for a group and for each of its exchanges
 D = 6
 # Rows (and columns) of each rank: one rank; even; ragged; one with nothing, as a last batch has.
@@ -82,11 +84,12 @@ def softmax_rows(x: Tensor, w: Tensor, t: Tensor, b: Tensor, part: slice, **opti
 
 
 WITH_TOTAL = (sigmoid_weighted, sigmoid_groups, softmax_options, softmax_groups)
+BOTH_WAYS = (sigmoid, sigmoid_weighted, sigmoid_groups, sigmoid_sum, softmax, softmax_options)
 CASES: dict[str, tuple[Case, str]] = {
     f"{case.__name__}-{exchange}": (case, exchange)
-    for case in (sigmoid, sigmoid_weighted, sigmoid_groups, sigmoid_sum, softmax, softmax_options)
     for exchange in ("ring", "gather")
-} | {f"{case.__name__}-gather": (case, "gather") for case in (softmax_groups, softmax_rows)}  # fmt: skip
+    for case in (*BOTH_WAYS, *((softmax_groups, softmax_rows) if exchange == "gather" else ()))
+}
 
 
 def run(case: Case, x: Tensor, w: Tensor, part: slice, total: int, **options: Any) -> list[Tensor]:
@@ -131,6 +134,7 @@ class Towers(nn.Module):
 
 def work(rank: int, rows: list[int], folder: str) -> None:
     torch.set_num_threads(1)
+    distributed.PIECE = 2  # several pieces, the last one ragged
     store = dist.FileStore(f"{folder}/store", len(rows))
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=len(rows), timeout=timedelta(seconds=TIMEOUT)
@@ -160,7 +164,7 @@ def world(request: pytest.FixtureRequest) -> tuple[list[int], list[dict[str, Any
     rows = WORLDS[request.param]
     with tempfile.TemporaryDirectory() as folder:
         # A clean process that has imported torch once, and forks: ten imports would take a minute.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "lossops"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         context = mp.start_processes(
             work, (rows, folder), len(rows), join=False, start_method="forkserver"
         )

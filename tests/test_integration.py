@@ -92,7 +92,7 @@ CALLS = {
     ),
     "softmax_pairwise_loss, all terms": lambda x, w, b, y, k: lossops.softmax_pairwise_loss(
         x, w, 1 + b.sum(), direction="rows", positives=y.clamp_min(-1).unsqueeze(1), margin=0.1,
-        label_smoothing=0.1, negatives=w[:3], weights=x.detach()[:, 0].abs(), backend=k,
+        label_smoothing=0.1, weights=x.detach()[:, 0].abs(), backend=k,
     ),
     "linear_binary_cross_entropy": lambda x, w, b, y, k: lossops.linear_binary_cross_entropy(
         x, w, y.clamp_min(-1).unsqueeze(1), linear_bias=b, backend=k
@@ -263,6 +263,15 @@ def test_opcheck(dtype, inputs, backend):
     for needs in ([True] * 4, [True, False, False, False], [False, True, False, True]):
         calls.append(("linear_gradient", (*head, found, coefficients, needs, backend)))
         calls.append(("linear_cross_entropy", (*head, *terms, needs, 7, backend)))
+    pair = (x, w, scale, y)
+    sums = OPS.linear_pair_statistics(*pair, backend)
+    calls.append(("linear_pair_statistics", (*pair, backend)))
+    factors = [torch.ones(N), torch.ones(V), torch.ones(N, 1)]
+    numbers = [0.0, 2.0, 1.0, 0.1, 1.0]
+    for needs in ([True] * 4, [False, True, False, True], [False] * 4):
+        binary = (x, w, b, scale, y, None, None, None, factors[0], "asymmetric", numbers, needs)
+        calls.append(("linear_binary_loss", (*binary, backend)))
+        calls.append(("linear_pair_gradient", (*pair, sums, factors, needs[1:], backend)))
     for name, arguments in calls:
         torch.library.opcheck(
             getattr(OPS, name).default, arguments, test_utils=("test_schema", "test_faketensor")

@@ -1,4 +1,4 @@
-"""The primitives of losses over pairs: the reference against autograd, C++ against the reference."""
+"""Primitives of losses over pairs: the reference against autograd, C++ against the reference."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ def plain_binary(x: Tensor, w: Tensor, b: Tensor, scale: Tensor, target: Tensor,
     return (torch.where(labels, positive(loss, z), negatives) * weight).sum(1)
 
 
-def binary_of(primitives: object, x: Tensor, w: Tensor, b: Tensor, scale: Tensor, target: Tensor,
-              loss: Binary, weight: Tensor | None, factor: Tensor, **tile: int) -> list[Tensor]:  # fmt: skip
+def binary_of(
+    primitives: object, x: Tensor, w: Tensor, b: Tensor, scale: Tensor, target: Tensor,
+    loss: Binary, weight: Tensor | None, factor: Tensor, **tile: int,
+) -> list[Tensor]:  # fmt: skip
     """Sums over the negatives, dx, dw and db of one backend, positives included."""
     acc = accumulate_dtype(x.dtype)
     z = reference_pairs.target_logits(x, w, b, scale, target)
@@ -104,10 +106,10 @@ def cpp() -> object:
     return backends.BACKENDS["cpp"].primitives()
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", SIZES, ids=ids)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", (False, True), ids=("", "weighted"))
+@pytest.mark.parametrize("weighted", [False, True], ids=("", "weighted"))
 def test_cpp_binary_against_float64(
     cpp: object, kind: str, size: tuple[int, int, int], dtype: torch.dtype, weighted: bool
 ) -> None:
@@ -143,7 +145,7 @@ def test_far_logits_keep_their_digits(cpp: object) -> None:
     assert abs(sums[0].double() / true - 1) < 1e-5
 
 
-@pytest.mark.parametrize("value", (torch.inf, torch.nan))
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinite_logits_reach_the_loss(cpp: object, kind: str, value: float) -> None:
     x, w = torch.ones(2, 1), torch.zeros(40, 1)
@@ -202,7 +204,7 @@ def test_reference_sums_of_rows_and_columns(size: tuple[int, int, int]) -> None:
         torch.testing.assert_close(ours, true.detach())
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", PAIR_SIZES, ids=ids)
 def test_cpp_sums_of_rows_and_columns(
     cpp: object, size: tuple[int, int, int], dtype: torch.dtype
