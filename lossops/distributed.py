@@ -39,12 +39,13 @@ Block = list[Tensor]
 
 
 class Peers(NamedTuple):
-    """A process group and how many rows each of its ranks holds."""
+    """A process group, how many rows each rank holds, and which inputs want gradients anywhere."""
 
     group: Any
     rank: int
     rows: list[int]
     columns: list[int]
+    needs: tuple[bool, bool]
 
     @property
     def size(self) -> int:
@@ -57,19 +58,51 @@ class Peers(NamedTuple):
         return sum(self.columns[: self.rank])
 
 
-def peers(group: Any, rows: int, columns: int, device: torch.device) -> Peers:
-    """Learns the numbers of rows and columns of every rank; one small all-gather and one sync."""
+def peers(group: Any, x: Tensor, w: Tensor, error: Exception | None) -> Peers:
+    """Learns what every rank holds and wants; one small all-gather and one sync.
+
+    Where a rank has an ``error`` all raise: the others would wait for it in vain.
+    """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
             "batch_group needs an initialised process group; call "
             "torch.distributed.init_process_group first, or leave batch_group=None"
         )
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts = torch.tensor([rows, columns], device=device)
-    found = [torch.empty_like(counts) for _ in range(size)]
-    dist.all_gather(found, counts, group=group)
-    listed = torch.stack(found).tolist()
-    return Peers(group, rank, [n for n, _ in listed], [m for _, m in listed])
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("batch_group must be a group this process belongs to")
+    wants = [torch.is_grad_enabled() and t.requires_grad for t in (x, w)]
+    listed = _from_all([x.shape[0], w.shape[0], *wants], error, group, x.device)
+    rows, columns, x_wants, w_wants = (list(column) for column in zip(*listed, strict=True))
+    return Peers(group, rank, rows, columns, (any(x_wants), any(w_wants)))
+
+
+def all_agree(error: Exception | None, those: Peers, device: torch.device) -> None:
+    """Raise on every rank where there is an error on one."""
+    _from_all([], error, those.group, device)
+
+
+def _from_all(
+    numbers: list[Any], error: Exception | None, group: Any, device: torch.device
+) -> list[list[int]]:
+    mine = torch.tensor([error is not None, *numbers], dtype=torch.int64, device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    listed: list[list[int]] = torch.stack(found).tolist()
+    if error is not None:
+        raise error
+    failed = [rank for rank, line in enumerate(listed) if line[0]]
+    if failed:
+        raise RuntimeError(f"the arguments were refused on rank {failed[0]} of batch_group")
+    return [line[1:] for line in listed]
+
+
+def wanting(t: Tensor, wanted: bool) -> Tensor:
+    """``t``, as a leaf that wants a gradient where some other rank's does and this one's not.
+
+    An empty part of a last batch may come from no encoder; its rank takes part in the backward.
+    """
+    return t.detach().requires_grad_() if wanted and not t.requires_grad else t
 
 
 def ring(
@@ -154,11 +187,17 @@ def _piece_around(
     return back
 
 
-def whole(local: Tensor, group: Any, size: int) -> Tensor:
-    """Σ over the ranks of ``local``, whose gradient is that of ``size`` · local: see the module."""
-    total = local.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total + size * (local - local.detach())
+class Whole(torch.autograd.Function):
+    """Σ over the ranks of a local part; its gradient is ``size`` times that of the part."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, those: Peers) -> Tensor:
+        ctx.size = those.size
+        return summed(local, those.group)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return ctx.size * g, None
 
 
 def summed(t: Tensor, group: Any) -> Tensor:
@@ -312,34 +351,35 @@ class RingPairStatistics(torch.autograd.Function):
         by_row, by_column, at = grads[1], grads[3], grads[4]
         needs = ctx.needs_input_grad[:3]
         n = x.shape[0]
+        wants_dx, wants_dw = needs[0] or needs[2], those.needs[1]
         dx = torch.zeros(x.shape, dtype=acc, device=x.device)
-        part = torch.empty_like(dx)
+        part = torch.empty_like(dx) if wants_dx else None
         given = torch.zeros_like(column_lse) if by_column is None else by_column
 
         def visit(owner: int, first: int, piece: Block) -> Block:
             wb, shift_b, lse_b, by_column_b = piece
             ids = _diagonal(x, first, wb) if owner == those.rank else None
-            dw = torch.zeros(wb.shape, dtype=acc, device=x.device)
+            dw = torch.zeros(wb.shape, dtype=acc, device=x.device) if wants_dw else None
             if n and wb.shape[0]:
                 nothing = x.new_empty(n, 0, dtype=acc)
                 primitives(ctx.backend, x).linear_pair_gradient(
                     x, wb, scale, ids, [shift, lse, shift_b, lse_b, nothing],
                     [by_row, by_column_b, None if ids is None else at], part, dw,
                 )  # fmt: skip
-                dx.add_(part)
-            return [dw]
+                if part is not None:
+                    dx.add_(part)
+            return [] if dw is None else [dw]
 
         with without_autocast(x.device):
-            (dw,) = ring(
-                [w, column_shift, column_lse, given], those, [((w.shape[1],), acc)], visit,
-                _add_blocks,
-            )  # fmt: skip
+            block = [w, column_shift, column_lse, given]
+            collected = [((w.shape[1],), acc)] if wants_dw else []
+            home = ring(block, those, collected, visit, _add_blocks)
             dscale = inner(x, dx) if needs[2] else None
             if scale is not None:
                 dx *= scale.to(acc)
         return (
             dx.to(x.dtype) if needs[0] else None,
-            dw.to(w.dtype) if needs[1] else None,
+            home[0].to(w.dtype) if needs[1] else None,
             like_scale(dscale, scale),
             None,
             None,
@@ -375,6 +415,7 @@ def ring_binary_loss(
     """This rank's Σ f loss over all columns; its gradients are those of the sum over ranks."""
     inputs = (head.x, head.w, bias, head.scale)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    needs[1] = those.needs[1]
     found: Tensor = apply(
         RingBinaryLoss, head.x, head.w, head.scale, bias, ids, factor, loss, those, needs, backend
     )

@@ -139,17 +139,19 @@ def class_weight(
     return weight.to(accumulate_dtype(like.dtype))
 
 
-def row_weight(weight: Tensor | None, lead: torch.Size, like: Tensor) -> Tensor | None:
+def row_weight(
+    weight: Tensor | None, lead: torch.Size, like: Tensor, name: str = "sample_weight"
+) -> Tensor | None:
     """Row weights flattened to (N,), in the accumulate dtype of ``like``."""
     if weight is None:
         return None
-    _check_float("sample_weight", weight)
+    _check_float(name, weight)
     if weight.shape != lead:
         raise ValueError(
-            f"sample_weight must have shape {tuple(lead)} (input without its last dim), "
+            f"{name} must have shape {tuple(lead)} (input without its last dim), "
             f"got {tuple(weight.shape)}"
         )
-    check_devices(like, sample_weight=weight)
+    check_devices(like, **{name: weight})
     return weight.reshape(-1).to(accumulate_dtype(like.dtype))
 
 

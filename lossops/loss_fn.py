@@ -38,6 +38,7 @@ class LossSweep:
         self.losses, self.softcap = losses, head.softcap
         self.rows, self.backend, self.parameters = rows, backend, parameters
         self.known = {id(p) for p in parameters}
+        self.made_by = {p.grad_fn for p in parameters if p.grad_fn is not None}
         needs = [t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)]
         self.needs = Needs(*needs)
 
@@ -59,7 +60,7 @@ class LossSweep:
                 for i, leaf in zip(smooth, leaves, strict=True):
                     given[i] = leaf
                 losses = self.losses(given, rows)
-                if _reaches_others(losses, {*map(id, leaves), *self.known}):
+                if _reaches_others(losses, {*map(id, leaves), *self.known}, self.made_by):
                     raise _TwoSweepsError
                 wanted = [p for p in parameters if p.requires_grad]
                 found = (
@@ -96,12 +97,15 @@ class _TwoSweepsError(Exception):
     """loss_fn closes over a tensor that wants a gradient and is not among its parameters."""
 
 
-def _reaches_others(losses: Tensor, known: set[int]) -> bool:
-    """Whether the graph of ``losses`` reaches a leaf that is not among ``known``."""
+def _reaches_others(losses: Tensor, known: set[int], made_by: set[Any]) -> bool:
+    """Whether the graph of ``losses`` reaches a leaf that is not among ``known``.
+
+    It ends at the nodes ``made_by`` which known parameters that are no leaves came about.
+    """
     pending, seen = [losses.grad_fn], set()
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or node in made_by:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)

@@ -26,16 +26,25 @@ from lossops.distributed import (
     GatherRows,
     Peers,
     RingPairStatistics,
+    Whole,
+    all_agree,
     gather_rows,
     peers,
     ring_binary_loss,
     summed,
-    whole,
+    wanting,
 )
-from lossops.inputs import HeadInputs, check_tensor, has_target, head_inputs, row_weight
+from lossops.inputs import (
+    HeadInputs,
+    check_tensor,
+    checked_options,
+    has_target,
+    head_inputs,
+    row_weight,
+)
 from lossops.linear import linear_loss
 from lossops.pairs import PairStatistics, binary_loss
-from lossops.positives import pair_ids, transposed, without
+from lossops.positives import check_groups, pair_ids, transposed, without
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.statistics import RowStatistics
@@ -103,7 +112,7 @@ def sigmoid_pairwise_loss(
     head = _pair_inputs(image_features, text_features, logit_scale, batch_group is not None)
     n, m = head.x.shape[0], head.w.shape[0]
     bias = _scalar("logit_bias", logit_bias, head.x)
-    u = row_weight(weights, head.lead, head.x)
+    u = row_weight(weights, head.lead, head.x, "weights")
     ones = head.x.new_ones(n, dtype=accumulate_dtype(head.x.dtype))
     factor = ones if u is None else u
     loss = Binary("sigmoid")
@@ -119,7 +128,8 @@ def sigmoid_pairwise_loss(
             "batch_group needs reduction 'rows' or 'sum' and weights without gradient, got "
             f"reduction={reduction!r}; reduce the loss or gather the features yourself"
         )
-    those = _peers(batch_group, exchange, head)
+    those = _peers(batch_group, exchange, head, positives)
+    head = _joined(head, those)
     ids = _spread_ids(positives, those, head)
     if exchange == "ring":
         chosen = backends.select(backend, head.x.device, head.x.dtype).name
@@ -131,7 +141,7 @@ def sigmoid_pairwise_loss(
             head._replace(w=everything, b=b), ids, loss, factor=factor, reduced=True,
             backend=backend,
         )  # fmt: skip
-    total = whole(local, those.group, those.size)
+    total: Tensor = apply(Whole, local, those)
     return total if reduction == "sum" else total / _divisor(summed(factor.sum(), those.group))
 
 
@@ -218,9 +228,15 @@ def softmax_pairwise_loss(
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    for side, name, given in (
+        ("rows", "image_negatives", image_negatives), ("columns", "negatives", negatives)
+    ):  # fmt: skip
+        if direction == side and given is not None:
+            raise ValueError(f"direction={side!r} has no use for {name}; leave it out")
+    options = None if options is None else checked_options(options)
     head = _pair_inputs(image_features, text_features, logit_scale, batch_group is not None)
     n, m = head.x.shape[0], head.w.shape[0]
-    u = row_weight(weights, head.lead, head.x)
+    u = row_weight(weights, head.lead, head.x, "weights")
     if u is not None and direction != "rows" and n != m:
         raise ValueError(f"weights of pairs need as many rows as columns, got {n} and {m}")
     if reduction == "none" and direction == "both" and n != m:
@@ -235,6 +251,12 @@ def softmax_pairwise_loss(
         )
     ids = pair_ids(positives, n, m, head.x)
     excluded = None if exclude is None else without(pair_ids(exclude, n, m, head.x), ids)
+    if not n:
+        return (
+            _nothing(head)
+            if reduction != "none"
+            else _nothing(head).expand(0 if direction == "rows" else m)
+        )
     diagonal = isinstance(positives, str)
     if direction == "both" and negatives is None and image_negatives is None:
         return _reduce_both(*_both(call, ids, excluded, diagonal), reduction)
@@ -279,17 +301,19 @@ class _Terms(NamedTuple):
         counted = positive.any(1)
         if self.decoupled:
             total = torch.where(lse == -torch.inf, mean, lse)  # nothing to compare with: loss 0
+            loss = total - mean
         else:
             members = torch.where(positive, moved, -torch.inf)
             members = torch.where(counted.unsqueeze(1), members, 0.0)
             among = torch.logsumexp(members, 1)
-            # log Σ over all - log Σ over the positives = -log σ(their difference), exact.
-            total = among - F.logsigmoid(among - lse)
-        loss = total - mean
+            # log Σ over all - log Σ over the positives = -log σ(their difference), exact; the rest
+            # is 0 for a single positive.
+            missed = F.logsigmoid(among - lse)
+            total, loss = among - missed, (among - mean) - missed
         if self.label_smoothing and average is not None:
             others = count * average - torch.where(excluded, raw, 0.0).sum(1)
             others = others + torch.where(positive, moved - raw, 0.0).sum(1)
-            smooth = total - others / (count - excluded.sum(1))
+            smooth = total - others / (count - excluded.sum(1)).clamp_min(1)
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * smooth
         return torch.where(counted, loss, 0.0)
 
@@ -426,7 +450,9 @@ def _spread_softmax(
             "batch_group needs reduction 'mean' or 'sum' and weights without gradient, got "
             f"reduction={call.reduction!r}; reduce the loss or gather the features yourself"
         )
-    those = _peers(batch_group, exchange, head)
+    those = _peers(batch_group, exchange, head, positives, exclude)
+    call = call._replace(head=_joined(head, those))
+    head = call.head
     plain = direction == "both" and isinstance(positives, str) and exclude is None
     if exchange == "ring":
         if not plain or negatives is not None or image_negatives is not None:
@@ -458,8 +484,10 @@ def _spread_softmax(
         if exclude is not None:
             excluded = without(_spread_ids(exclude, those_here, side.head, flipped), ids)
         full = side._replace(head=side.head._replace(w=everything))
-        local = _one_direction(full, ids, excluded, more, "sum")
-        total = whole(local, those.group, those.size)
+        local = _nothing(full.head)
+        if everything.shape[0]:
+            local = local + _one_direction(full, ids, excluded, more, "sum")
+        total: Tensor = apply(Whole, local, those)
         if call.reduction == "mean":
             u = has_target(ids).to(local.dtype)
             u = u if call.weights is None else u * call.weights
@@ -497,7 +525,7 @@ def _ring_softmax(call: _Call, those: Peers) -> Tensor:
     by_row = call.terms.losses(target, lse, shift, averages[0], *spec)
     by_column = call.terms.losses(at_column, column_lse, column_shift, averages[1], *spec)
     u = shift.new_ones(n) if call.weights is None else call.weights
-    total = whole(((by_row + by_column) * u).sum() / 2, those.group, those.size)
+    total: Tensor = apply(Whole, ((by_row + by_column) * u).sum() / 2, those)
     if call.reduction == "sum":
         return total
     assert n == m
@@ -507,6 +535,8 @@ def _ring_softmax(call: _Call, those: Peers) -> Tensor:
 def _pair_inputs(
     image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, spread: bool
 ) -> HeadInputs:
+    if logit_scale is None:
+        raise TypeError("logit_scale must be a number or a one-element tensor, got None")
     for name, t in (("image_features", image_features), ("text_features", text_features)):
         check_tensor(name, t)
         if t.ndim != 2:
@@ -536,15 +566,34 @@ def _scalar(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | N
     return value.reshape(()).to(accumulate_dtype(like.dtype))
 
 
+def _nothing(head: HeadInputs) -> Tensor:
+    """0, of no rows and columns, connected to both."""
+    return (head.x[:0].sum() + head.w[:0].sum()).to(accumulate_dtype(head.x.dtype))
+
+
 def _divisor(total: Tensor) -> Tensor:
     """What a mean divides by: inf where there is nothing to average."""
     return torch.where(total == 0, torch.inf, total)
 
 
-def _peers(group: Any, exchange: str, head: HeadInputs) -> Peers:
+def _peers(group: Any, exchange: str, head: HeadInputs, *pairs: Any) -> Peers:
+    """The ranks of ``batch_group``, once this rank's groups are known to fit."""
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of {', '.join(EXCHANGES)}, got {exchange!r}")
-    return peers(group, head.x.shape[0], head.w.shape[0], head.x.device)
+    error = None
+    try:
+        for positives in pairs:
+            if isinstance(positives, tuple | list):
+                check_groups(positives, head.x.shape[0], head.w.shape[0], head.x)
+    except (TypeError, ValueError) as refused:
+        error = refused
+    return peers(group, head.x, head.w, error)
+
+
+def _joined(head: HeadInputs, those: Peers) -> HeadInputs:
+    """The inputs, wanting gradients where those of any rank do."""
+    x, w = (wanting(t, n) for t, n in zip((head.x, head.w), those.needs, strict=True))
+    return head._replace(x=x, w=w)
 
 
 def _spread_ids(positives: Any, those: Peers, head: HeadInputs, flipped: bool = False) -> Tensor:
@@ -553,14 +602,14 @@ def _spread_ids(positives: Any, those: Peers, head: HeadInputs, flipped: bool = 
     if isinstance(positives, str):
         local = pair_ids(positives, rows, those.columns[those.rank], head.x)
         return torch.where(local < 0, -1, local + those.first_column)
-    if isinstance(positives, tuple | list) and len(positives) == 2:
+    if isinstance(positives, tuple | list):
         here, there = reversed(positives) if flipped else positives
-        check_tensor("positives column ids", there)
-        if there.shape != (those.columns[those.rank],):
-            raise ValueError(
-                f"positives column ids must have shape ({those.columns[those.rank]},), got "
-                f"{tuple(there.shape)}"
-            )
         everywhere = gather_rows(there, those.columns, those.group)
         return pair_ids((here, everywhere), rows, total, head.x)
-    return pair_ids(positives, rows, total, head.x)
+    error, ids = None, head.x.new_empty(0, dtype=torch.int64)
+    try:
+        ids = pair_ids(positives, rows, total, head.x)
+    except (TypeError, ValueError, IndexError) as refused:
+        error = refused
+    all_agree(error, those, head.x.device)
+    return ids

@@ -39,20 +39,7 @@ def pair_ids(
         ids = torch.arange(rows, device=like.device) + first_column
         return torch.where(ids < columns, ids, -1).unsqueeze(1)
     if isinstance(positives, tuple | list):
-        if len(positives) != 2:
-            raise ValueError(
-                "positives as groups must be (row ids (N,), column ids (M,)), got "
-                f"{len(positives)} items"
-            )
-        for name, group, size in zip(
-            ("row ids", "column ids"), positives, (rows, columns), strict=True
-        ):
-            _check_integers(f"positives {name}", group)
-            if group.shape != (size,):
-                raise ValueError(
-                    f"positives {name} must have shape ({size},), got {tuple(group.shape)}"
-                )
-        check_devices(like, row_ids=positives[0], column_ids=positives[1])
+        check_groups(positives, rows, columns, like)
         return from_groups(positives[0], positives[1])
     check_tensor("positives", positives)
     if positives.layout == torch.sparse_csr:
@@ -62,6 +49,23 @@ def pair_ids(
             )
         return listed_ids((positives.crow_indices(), positives.col_indices()), rows, columns, like)
     return listed_ids(positives, rows, columns, like)
+
+
+def check_groups(positives: Any, rows: int, columns: int, like: Tensor) -> None:
+    """Raise unless these are group ids of the rows and of the columns."""
+    if len(positives) != 2:
+        raise ValueError(
+            "positives as groups must be (row ids (N,), column ids (M,)), got "
+            f"{len(positives)} items"
+        )
+    names, sizes = ("row ids", "column ids"), (rows, columns)
+    for name, group, size in zip(names, positives, sizes, strict=True):
+        _check_integers(f"positives {name}", group)
+        if group.shape != (size,):
+            raise ValueError(
+                f"positives {name} must have shape ({size},), got {tuple(group.shape)}"
+            )
+    check_devices(like, row_ids=positives[0], column_ids=positives[1])
 
 
 def listed_ids(positives: Any, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -82,7 +86,18 @@ def listed_ids(positives: Any, rows: int, columns: int, like: Tensor) -> Tensor:
                 f"positives (crow, col) must have shapes ({rows + 1},) and (P,), got "
                 f"{tuple(crow.shape)} and {tuple(col.shape)}"
             )
+        if crow.device.type == "cpu" and (crow[0] != 0 or crow[-1] != col.shape[0]):
+            raise ValueError(
+                f"positives crow must run from 0 to the {col.shape[0]} entries of col, got "
+                f"{int(crow[0])} to {int(crow[-1])}"
+            )
         positives = from_csr(crow.long(), col.long())
+    check_tensor("positives", positives)
+    if positives.layout != torch.strided:
+        raise ValueError(
+            f"positives must be dense or sparse CSR, got {positives.layout}; "
+            "convert them with .to_sparse_csr()"
+        )
     _check_integers("positives", positives)
     check_devices(like, positives=positives)
     if positives.ndim != 2 or positives.shape[0] != rows:
@@ -91,7 +106,19 @@ def listed_ids(positives: Any, rows: int, columns: int, like: Tensor) -> Tensor:
         )
     if not positives.shape[1]:
         return torch.full((rows, 1), -1, device=like.device)
+    check_range(positives, columns)
     return class_ids(positives, torch.Size([rows]), columns, None, several=True)
+
+
+def check_range(ids: Tensor, columns: int) -> None:
+    """Raise an IndexError for ids outside [-1, M) of a CPU tensor; other devices are not synced."""
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
+        return
+    low, high = (int(t) for t in torch.aminmax(ids))
+    if low < -1 or high >= columns:
+        raise IndexError(
+            f"positives must be in [0, {columns}), or -1 for none, got {low if low < -1 else high}"
+        )
 
 
 def from_csr(crow: Tensor, col: Tensor) -> Tensor:
@@ -128,6 +155,11 @@ def transposed(ids: Tensor, columns: int, *, diagonal: bool = False) -> tuple[Te
     if diagonal:
         rows = pair_ids("diagonal", columns, n, ids)
         return rows, rows
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "under torch.compile only positives='diagonal' can be turned into rows of columns, "
+            "since their number depends on the data; pass direction='rows', or do not compile"
+        )
     flat = ids.flatten()
     order = torch.where(flat < 0, columns, flat).argsort(stable=True)
     counts = torch.bincount(flat[flat >= 0], minlength=columns)

@@ -132,6 +132,36 @@ class Towers(nn.Module):
         return loss
 
 
+def refused(rank: int, x: Tensor, w: Tensor, group: Any) -> list[str]:
+    """What each rank raises where the last one's positives do not fit."""
+    last = rank == dist.get_world_size() - 1
+    wrong = torch.full((len(x), 1), 99 if last else 0)
+    short = (torch.zeros(len(x)).long(), torch.zeros(len(w) + last).long())
+    raised = []
+    for positives in (wrong, short):
+        for exchange in ("ring", "gather"):
+            try:
+                lossops.sigmoid_pairwise_loss(
+                    x, w, 7.0, positives=positives, batch_group=group, exchange=exchange
+                )
+            except (IndexError, ValueError, RuntimeError) as error:
+                raised.append(type(error).__name__)
+    return raised
+
+
+def strangers(rows: int, x: Tensor, w: Tensor, group: Any) -> list[float]:
+    """Losses where a rank's features want no gradients unless it has some."""
+    found = []
+    for loss in (lossops.sigmoid_pairwise_loss, lossops.softmax_pairwise_loss):
+        for exchange in ("ring", "gather"):
+            leaves = [t.detach().clone().requires_grad_(rows > 0) for t in (x, w)]
+            value = loss(*leaves, 7.0, batch_group=group, exchange=exchange)
+            value.backward()
+            found.append(value.item())
+    overflow = lossops.sigmoid_pairwise_loss(x, w, 1.0, torch.inf, batch_group=group)
+    return [*found, overflow.item()]
+
+
 def work(rank: int, rows: list[int], folder: str) -> None:
     torch.set_num_threads(1)
     distributed.PIECE = 2  # several pieces, the last one ragged
@@ -154,6 +184,8 @@ def work(rank: int, rows: list[int], folder: str) -> None:
     assert loss.dtype == torch.float32
     loss.backward()
     found["bf16"] = [loss.detach(), *(t.grad for t in halves)]
+    found["refused"] = refused(rank, x[part], w[part], group)
+    found["strangers"] = strangers(rows[rank], x[part], w[part], group)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -206,6 +238,20 @@ def test_ddp_gives_the_gradients_of_one_process(
     for rank in ranks:
         for found, p in zip(rank[f"ddp-{exchange}"], model.parameters(), strict=True):
             torch.testing.assert_close(found, p.grad)
+
+
+def test_what_one_rank_refuses_all_refuse(world: tuple[list[int], list[dict[str, Any]]]) -> None:
+    _, ranks = world
+    for rank in ranks[:-1]:
+        assert rank["refused"] == ["RuntimeError"] * 4
+    assert ranks[-1]["refused"] == ["IndexError"] * 2 + ["ValueError"] * 2
+
+
+def test_a_rank_with_nothing_takes_part(world: tuple[list[int], list[dict[str, Any]]]) -> None:
+    _, ranks = world
+    for rank in ranks:
+        assert rank["strangers"] == ranks[0]["strangers"]
+        assert rank["strangers"][-1] == torch.inf
 
 
 def test_half_precision_travels_in_float32(

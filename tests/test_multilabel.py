@@ -223,7 +223,9 @@ def test_memory_is_a_tile(backend: str) -> None:
 
     x, w = torch.randn(64, 4, requires_grad=True), torch.randn(30_000, 4, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        lossops.linear_binary_cross_entropy(x, w, torch.arange(64).unsqueeze(1)).backward()
+        lossops.linear_binary_cross_entropy(
+            x, w, torch.arange(64).unsqueeze(1), backend=backend
+        ).backward()
     assert sum(saved) < 5 * w.numel()
 
 
@@ -234,6 +236,12 @@ def test_memory_is_a_tile(backend: str) -> None:
         ({"positives": torch.zeros(N, 1)}, TypeError, "integers"),
         ({"positives": torch.full((N, 1), V)}, IndexError, r"\[0, 131\)"),
         ({"positives": (torch.zeros(3).long(), torch.zeros(2).long())}, ValueError, "crow"),
+        ({"positives": torch.zeros(N, V).to_sparse()}, ValueError, "to_sparse_csr"),
+        (
+            {"positives": (torch.arange(N + 1), torch.zeros(N + 5).long())},
+            ValueError,
+            "from 0 to the 28 entries",
+        ),
         ({"weight": torch.ones(3)}, ValueError, "weight must have shape"),
         ({"pos_weight": torch.ones(3)}, ValueError, "pos_weight must have shape"),
         ({"reduction": "rows"}, ValueError, "mean, sum, none"),

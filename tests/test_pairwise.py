@@ -243,6 +243,16 @@ def test_backward_twice_and_scaled(backend: str) -> None:
         torch.autograd.grad(loss, leaves)
 
 
+def test_a_constant_logit_adds_up(backend: str) -> None:
+    # The same rounding 2,000 times over: a long chain of float32 sums would drift.
+    x, w = torch.zeros(2000, 4), torch.zeros(2000, 4)
+    b = torch.tensor(3.3)
+    none = no_positives(2000)
+    loss = lossops.sigmoid_pairwise_loss(x, w, 1.0, b, positives=none, backend=backend)
+    true = 2000 * F.softplus(b.double())
+    assert abs(loss.double() / true - 1) < 1e-6
+
+
 @pytest.mark.parametrize("kept", range(4))
 def test_only_what_is_wanted_is_computed(kept: int, backend: str) -> None:
     x, w = features()
@@ -465,6 +475,63 @@ def test_rows_without_positives_and_single_pairs(backend: str) -> None:
     assert lossops.sigmoid_pairwise_loss(empty, w, 9.0, backend=backend).item() == 0
 
 
+@pytest.mark.parametrize("direction", ["rows", "columns", "both"])
+def test_no_rows_at_all(direction: str, backend: str) -> None:
+    x, w = features(3, 4, dtype=torch.float32)
+    leaves = [x[:0].clone().requires_grad_(), w.requires_grad_()]
+    loss = lossops.softmax_pairwise_loss(*leaves, 9.0, direction=direction, backend=backend)
+    assert loss.item() == 0
+    for g, leaf in zip(torch.autograd.grad(loss, leaves), leaves, strict=True):
+        assert g.shape == leaf.shape
+        assert not g.any()
+
+
+@pytest.mark.parametrize("direction", ["rows", "columns", "both"])
+def test_a_row_with_everything_excluded_does_not_count(direction: str, backend: str) -> None:
+    x, w = (t.requires_grad_() for t in features(3, 3))
+    groups = (torch.tensor([0, 1, -1]), torch.tensor([0, 1, 2]))
+    zeros = torch.zeros(3).long()
+    loss = lossops.softmax_pairwise_loss(
+        x, w, 9.0, direction=direction, positives=groups, exclude=(zeros, zeros),
+        label_smoothing=0.1, backend=backend,
+    )  # fmt: skip
+    assert loss.isfinite()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("direction", ["rows", "both"])
+def test_confident_pairs_keep_their_digits(direction: str, backend: str) -> None:
+    x, w = features(60, 60, 32, torch.float32)
+    x = F.normalize(w + 0.1 * x, dim=1)  # losses near 1e-8
+    ours = lossops.softmax_pairwise_loss(x, w, 60.0, direction=direction, backend=backend)
+    z, y = 60.0 * x.double() @ w.double().T, torch.eye(60, dtype=torch.bool)
+    losses = []
+    for logits in (z, z.T):
+        others = logits.masked_fill(y, -torch.inf).logsumexp(1)
+        losses.append(-F.logsigmoid(logits[y] - others).mean())
+    true = losses[0] if direction == "rows" else (losses[0] + losses[1]) / 2
+    assert 0 < true < 1e-3
+    assert abs(ours.double() / true - 1) < 1e-4
+
+
+def test_a_margin_stays_in_one_sweep(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The scale is no leaf there, and the loss has it as a parameter.
+    def refuse(*_: object) -> None:
+        raise AssertionError("two sweeps")
+
+    monkeypatch.setattr("lossops.linear.head_statistics", refuse)
+    x, w = features(N, N)
+    (log_t,) = scalars(2.0)
+    log_t.requires_grad_()
+    loss = lossops.softmax_pairwise_loss(
+        x, w, log_t.exp(), direction="rows", margin=0.1, backend=backend
+    )
+    found = torch.autograd.grad(loss, log_t)[0]
+    z = log_t.exp() * (x @ w.T - 0.1 * torch.eye(N))
+    plain = torch.autograd.grad(F.cross_entropy(z, torch.arange(N)), log_t)[0]
+    torch.testing.assert_close(found, plain)
+
+
 # --- Modules and errors
 
 
@@ -521,6 +588,15 @@ def test_modules_are_called_as_those_of_open_clip() -> None:
         (lambda x, w: lossops.sigmoid_pairwise_loss(x, w, 1.0, batch_group="world"), ValueError,
          "init_process_group"),
         (lambda x, w: lossops.sigmoid_pairwise_loss([x], w, 1.0), TypeError, "image_features"),
+        (lambda x, w: lossops.softmax_pairwise_loss(x, w, None), TypeError, "logit_scale"),
+        (lambda x, w: lossops.softmax_pairwise_loss(x, w, 1.0, weights=torch.ones(3),
+                                                    direction="rows"), ValueError, "weights must"),
+        (lambda x, w: lossops.softmax_pairwise_loss(x, w, 1.0, direction="rows",
+                                                    image_negatives=x), ValueError, "no use"),
+        (lambda x, w: lossops.softmax_pairwise_loss(x, w, 1.0, options="junk"), TypeError,
+         "LinearLossOptions"),
+        (lambda x, w: lossops.softmax_pairwise_loss(
+            x, w, 1.0, direction="columns", positives=torch.full((N, 1), M)), IndexError, "53"),
     ],
 )  # fmt: skip
 def test_errors_say_what_to_do(

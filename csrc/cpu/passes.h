@@ -172,9 +172,9 @@ inline double sigmoid_pass(S* z, int64_t n, S factor) {
   using A = Lane<Vec<S>>;
   constexpr int64_t kBlock = 64 * Vec<S>::size();  // q < 2^64
   const Vec<S> one(1), none(0), factors(factor);
-  Vec<S> linear(0), logs(0);
+  double total = 0;
   for (int64_t block = 0; block < n; block += kBlock) {
-    Vec<S> q(0);
+    Vec<S> q(0), linear(0);
     for_lanes<S>(std::min(kBlock, n - block), [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
       const Vec<S> v = load(z + block + i, count, -kInf<S>);
       const Vec<S> e = A::exp(none - A::abs(v));
@@ -185,9 +185,9 @@ inline double sigmoid_pass(S* z, int64_t n, S factor) {
         store(z + block + i, factors * sigmoid, count);
       }
     });
-    logs = logs + q.log1p();
+    total += sum_of_lanes(linear) + sum_of_lanes(q.log1p());
   }
-  return sum_of_lanes(linear) + sum_of_lanes(logs);
+  return total;
 }
 
 // Σ a value(z) of a term of row.h, a = 1 where null, and with kGradient factor · a · slope(z) in
