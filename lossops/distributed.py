@@ -237,7 +237,10 @@ class GatherRows(torch.autograd.Function):
 
 
 class RingBinaryLoss(torch.autograd.Function):
-    """Σ_i f_i loss_i over this rank's rows and all columns, with gradients for all ranks' loss."""
+    """Σ_i f_i loss_i over this rank's rows and all columns, with gradients for all ranks' loss.
+
+    The first backward gives the buffers of its sweep away; a later one goes around again.
+    """
 
     @staticmethod
     def forward(
@@ -253,52 +256,68 @@ class RingBinaryLoss(torch.autograd.Function):
         needs: list[bool],
         backend: str,
     ) -> Tensor:
-        acc = accumulate_dtype(x.dtype)
         inputs = (x, w, bias, scale)
-        losses = x.new_zeros(x.shape[0], dtype=acc)
-        dx = torch.zeros(x.shape, dtype=acc, device=x.device) if needs[0] else None
-        scalars = x.new_zeros(2, dtype=acc)  # dbias, dscale
-
-        def visit(owner: int, at: int, piece: Block) -> Block:
-            (wb,) = piece
-            first = sum(those.columns[:owner]) + at
-            inside = (ids >= first) & (ids < first + wb.shape[0])
-            target = torch.where(inside, ids - first, -1)
-            b = None if bias is None else bias.expand(wb.shape[0])
-            if not wb.shape[0]:
-                return [wb.new_empty(wb.shape, dtype=acc)] if needs[1] else []
-            found, dxb, dwb, dbb, dscale = torch.ops.lossops.linear_binary_loss(
-                x, wb, b, scale, target, None, None, None, factor, loss.kind, loss.numbers, needs,
-                backend,
-            )  # fmt: skip
-            losses.add_(found)
-            if dx is not None:
-                dx.add_(dxb)
-            if needs[2]:
-                scalars[0] += dbb.sum()
-            if needs[3]:
-                scalars[1] += dscale
-            return [dwb] if needs[1] else []
-
-        collected = [((w.shape[1],), acc)] if needs[1] else []
-        with without_autocast(x.device):
-            home = ring([w], those, collected, visit, _add_blocks)
-            if dx is not None and scale is not None:
-                dx *= scale.to(acc)
+        ctx.spec = (ids, factor, loss, those, needs, backend)
+        losses, ctx.gradients = _binary_around(inputs, *ctx.spec)
         ctx.save_for_backward(*inputs)
-        ctx.gradients = (dx, home[0] if needs[1] else None, *scalars.unbind())
-        ctx.needs = needs
         return (losses * factor).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        found = [
-            (g * gradient).to(t.dtype).reshape(t.shape) if need else None
-            for gradient, need, t in zip(ctx.gradients, ctx.needs, ctx.saved_tensors, strict=True)
-        ]
-        dx, dw, dbias, dscale = found
+        inputs, needs = ctx.saved_tensors, ctx.spec[4]
+        gradients = ctx.gradients or _binary_around(inputs, *ctx.spec)[1]
+        ctx.gradients = None
+        dx, dw, dbias, dscale = (
+            gradient.mul_(g).to(t.dtype).reshape(t.shape) if need else None
+            for gradient, need, t in zip(gradients, needs, inputs, strict=True)
+        )
         return (dx, dw, dscale, dbias, *(None,) * 6)
+
+
+def _binary_around(
+    inputs: Sequence[Any],
+    ids: Tensor,
+    factor: Tensor,
+    loss: Binary,
+    those: Peers,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, list[Any]]:
+    """Losses (N_r,), and gradients of x, w, bias and scale, in the accumulate dtype."""
+    x, w, bias, scale = inputs
+    acc = accumulate_dtype(x.dtype)
+    losses = x.new_zeros(x.shape[0], dtype=acc)
+    dx = torch.zeros(x.shape, dtype=acc, device=x.device) if needs[0] else None
+    dbias, dscale = x.new_zeros((), dtype=acc), x.new_zeros((), dtype=acc)
+
+    def visit(owner: int, at: int, piece: Block) -> Block:
+        (wb,) = piece
+        first = sum(those.columns[:owner]) + at
+        inside = (ids >= first) & (ids < first + wb.shape[0])
+        target = torch.where(inside, ids - first, -1)
+        b = None if bias is None else bias.expand(wb.shape[0])
+        if not wb.shape[0]:
+            return [wb.new_empty(wb.shape, dtype=acc)] if needs[1] else []
+        found, dx_part, dw_part, db_part, dscale_part = torch.ops.lossops.linear_binary_loss(
+            x, wb, b, scale, target, None, None, None, factor, loss.kind, loss.numbers, needs,
+            backend,
+        )  # fmt: skip
+        losses.add_(found)
+        if dx is not None:
+            dx.add_(dx_part)
+        if needs[2]:
+            dbias.add_(db_part.sum())
+        if needs[3]:
+            dscale.add_(dscale_part)
+        return [dw_part] if needs[1] else []
+
+    collected = [((w.shape[1],), acc)] if needs[1] else []
+    with without_autocast(x.device):
+        home = ring([w], those, collected, visit, _add_blocks)
+        if dx is not None and scale is not None:
+            dx *= scale.to(acc)
+    return losses, [dx, home[0] if needs[1] else None, dbias, dscale]
 
 
 def _add_blocks(before: Block, here: Block) -> Block:
