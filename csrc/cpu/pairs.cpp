@@ -21,6 +21,10 @@
 namespace lossops {
 namespace {
 
+// Classes of a tile in half precision, where both gradients take float32 accumulators as well:
+// the scratch beside them should be small.
+constexpr int64_t kHalfTile = 512;
+
 // The sum of one row of a tile with -inf at the targets, and dz in its place.
 template <bool kGradient, typename S>
 double binary_row(const std::string& kind, const std::vector<double>& p, S* z, int64_t n,
@@ -58,6 +62,7 @@ Tensor binary_of(const Head& head, const std::string& kind, const std::vector<do
   check_gradients(head, dx, dw, db, kDtype<S>);
   const Tensor sums = at::zeros({head.x.size(0)}, head.x.options().dtype(kDtype<S>));
   const bool gradient = dx || dw || db;
+  if (at::isReducedFloatingType(head.x.scalar_type())) tile = std::min(tile, kHalfTile);
   if (head.x.size(0) == 0 || head.w.size(0) == 0) {
     trivial(head, dx, dw, db, false);
     return sums;
