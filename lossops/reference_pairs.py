@@ -141,7 +141,7 @@ def linear_pair_statistics(
     shifts, rows_lse, targets = [], [], []
     top = torch.full((v,), -torch.inf, dtype=acc, device=x.device)
     columns = top
-    for rows in row_blocks(n, v, PRODUCT):
+    for rows in row_blocks(n, v, PRODUCT // 8):  # half a dozen temporaries of 2 MiB
         z = linear_logits(x[rows], w, None, scale, 0.0)
         ids = x.new_empty(z.shape[0], 0, dtype=torch.int64) if target is None else target[rows]
         negatives = z.masked_fill(target_mask(ids, *z.shape), -torch.inf)
