@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lossops
+from lossops import pair_ops
 from lossops.positives import from_csr, pair_ids, transposed
 
 N, M, D = 37, 53, 12
@@ -254,7 +255,24 @@ def test_a_constant_logit_adds_up(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kept", range(4))
-def test_only_what_is_wanted_is_computed(kept: int, backend: str) -> None:
+def test_only_what_is_wanted_is_computed(
+    kept: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[bool]] = []
+    primitives = pair_ops.primitives
+
+    class Spy:
+        """A backend that notes which of dx, dw and db a call is to fill."""
+
+        def __init__(self, module: Any) -> None:
+            self.module = module
+
+        def linear_binary(self, *arguments: Any) -> Tensor:
+            asked.append([t is not None for t in arguments[-3:]])
+            found: Tensor = self.module.linear_binary(*arguments)
+            return found
+
+    monkeypatch.setattr(pair_ops, "primitives", lambda name, x: Spy(primitives(name, x)))
     x, w = features()
     inputs = [x, w, *scalars(8.0, -4.0)]
     every = value_and_gradients(lossops.sigmoid_pairwise_loss, inputs)[1:]
@@ -263,6 +281,13 @@ def test_only_what_is_wanted_is_computed(kept: int, backend: str) -> None:
     for i, leaf in enumerate(leaves):
         assert (leaf.grad is None) == (i != kept)
     torch.testing.assert_close(leaves[kept].grad, every[kept])
+    products = {0: [True, False, False], 1: [False, True, False], 2: [True, False, False],
+                3: [False, False, True]}  # fmt: skip
+    assert asked[-1] == products[kept]
+    asked.clear()
+    with torch.no_grad():
+        lossops.sigmoid_pairwise_loss(*leaves, backend=backend)
+    assert asked == [[False] * 3]
 
 
 def test_loss_scaler_of_65536_changes_nothing(backend: str) -> None:
