@@ -36,6 +36,8 @@ PIECE = 1024
 """Rows of w that travel at once, as many as a tile of them needs; on a GPU eight times as many."""
 Optional = Tensor | None
 Block = list[Tensor]
+Visit = Callable[[int, int, Block], Block]
+Merge = Callable[[Block, Block], Block]
 
 
 class Peers(NamedTuple):
@@ -109,8 +111,8 @@ def ring(
     block: Block,
     those: Peers,
     collected: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    visit: Callable[[int, int, Block], Block],
-    merge: Callable[[Block, Block], Block],
+    visit: Visit,
+    merge: Merge,
 ) -> Block:
     """Visits the blocks of all ranks, piece by piece; returns what this rank's own collected.
 
@@ -141,8 +143,8 @@ def _piece_around(
     first: int,
     those: Peers,
     collected: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    visit: Callable[[int, int, Block], Block],
-    merge: Callable[[Block, Block], Block],
+    visit: Visit,
+    merge: Merge,
 ) -> Block:
     """One piece of every rank goes around; returns what this rank's collected."""
     size, rank = those.size, those.rank

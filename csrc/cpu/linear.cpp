@@ -21,25 +21,6 @@
 namespace lossops {
 namespace {
 
-template <typename S>
-Tensors statistics_of(const Head& head, int64_t tile) {
-  const Task<S> task = task_of<S>(head);
-  const Tensors tensors =
-      allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
-  const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
-  std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
-  const Operands operands(head);
-  const int64_t block = rows_in_flight(head, kRowBlock);
-  tile = rows_in_flight(head, tile);
-  Rows x = operands.x(head, block), w = operands.w(head, tile);
-  const Tensor scratch = logits_scratch(task, block, tile, head.x);
-  const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
-    return scratch.narrow(0, 0, rows).narrow(1, 0, n);
-  };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, false, states, kNothing);
-  return tensors;
-}
-
 void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::ScalarType dtype) {
   TORCH_CHECK(buffer.dim() == 2 && buffer.size(0) == x.size(0) && buffer.size(1) == w.size(0) &&
                   buffer.scalar_type() == dtype && (buffer.stride(1) == 1 || buffer.size(1) == 1),
@@ -177,7 +158,8 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
 Tensors linear_statistics(const Head& head, int64_t tile) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check(head, tile);
-  return (in_double(head) ? statistics_of<double> : statistics_of<float>)(head, tile);
+  return in_double(head) ? statistics_of<double>(head, tile, kNothing)
+                         : statistics_of<float>(head, tile, kNothing);
 }
 
 Tensors linear_chunk_statistics(const Head& head, const Names& wanted, const Tensor& buffer,

@@ -185,25 +185,13 @@ Head pair_head(const Tensor& x, const Tensor& w, const MaybeTensor& scale,
 
 template <typename S>
 Tensors pair_statistics_of(const Head& head, int64_t tile) {
-  const Task<S> task = task_of<S>(head);
+  ColumnSums<S> columns(head.w.size(0));
+  const Tensors tensors =
+      statistics_of<S>(head, tile, [&](const Tensor& z, int64_t first) { columns.add(z, first); });
   const auto options = head.x.options().dtype(kDtype<S>);
-  const Tensors tensors = allocate_statistics(head.names, task.rows, head.target, options);
-  const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
-  std::vector<RowState<S>> states(task.rows, RowState<S>(0));
-  ColumnSums<S> columns(task.classes);
-  const Operands operands(head);
-  const int64_t block = rows_in_flight(head, kRowBlock);
-  tile = rows_in_flight(head, tile);
-  Rows x = operands.x(head, block), w = operands.w(head, tile);
-  const Tensor scratch = logits_scratch(task, block, tile, head.x);
-  const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
-    return scratch.narrow(0, 0, rows).narrow(1, 0, n);
-  };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, false, states,
-        [&](const Tensor& z, int64_t first) { columns.add(z, first); });
-  const Tensor shift = at::empty({task.classes}, options), lse = at::empty_like(shift);
+  const Tensor shift = at::empty({head.w.size(0)}, options), lse = at::empty_like(shift);
   columns.finish(shift.template data_ptr<S>(), lse.template data_ptr<S>());
-  const Tensor target = head.target ? tensors[1] : at::empty({task.rows, 0}, options);
+  const Tensor target = head.target ? tensors[1] : at::empty({head.x.size(0), 0}, options);
   return {tensors[0], tensors.back(), shift, lse, target};
 }
 

@@ -180,6 +180,26 @@ void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, in
   each_tile(below, kNothing);
 }
 
+// Statistics of all rows, no logits kept; after(z, first) as in sweep().
+template <typename S, typename After>
+Tensors statistics_of(const Head& head, int64_t tile, After&& after) {
+  const Task<S> task = task_of<S>(head);
+  const Tensors tensors =
+      allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
+  const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
+  std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
+  const Operands operands(head);
+  const int64_t block = rows_in_flight(head, kRowBlock);
+  tile = rows_in_flight(head, tile);
+  Rows x = operands.x(head, block), w = operands.w(head, tile);
+  const Tensor scratch = logits_scratch(task, block, tile, head.x);
+  const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
+    return scratch.narrow(0, 0, rows).narrow(1, 0, n);
+  };
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, false, states, after);
+  return tensors;
+}
+
 // Gradients by tiles of logits that pass(row, z, first, n, scratch) turns into dz: dx and dw by
 // GEMM while the tile is in cache, the targets apart. Class tiles outside: dw is rounded once.
 template <typename S, typename Pass>
