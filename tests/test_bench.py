@@ -226,6 +226,25 @@ def test_without_its_extra_the_command_says_how_to_install_it(
     assert "pip install 'lossops[bench]'" in said
 
 
+def test_a_long_problem_in_parts_is_the_whole(monkeypatch):
+    """Sums over parts of the rows come to the loss and gradients of one call."""
+    monkeypatch.setattr(runner, "LONG_FLOPS", 0)
+    monkeypatch.setattr(runner, "PART_ROWS", 5)
+    monkeypatch.setattr(runner, "PARTS", 4)
+    case, where = CASES["sigmoid_pairwise"], problem(shape=Shape(24, 8, 40))
+    rival = case.rival("lossops-reference")
+    run = runner._Run(case, where, [rival], runner.Settings(), lambda doing: None)
+    inputs = case.make_inputs(where)
+    _, found = run.in_parts(rival, inputs)
+    whole = case.call(rival, "training", case.with_gradients(where, inputs))
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name].reshape(value.shape), value)
+    report = runner.run(case, where, [rival], runner.Settings())
+    assert [f.status for f in report.figures] == ["unit"] * (len(report.figures) - 1) + ["ok"]
+    assert report.figures[-1].note == "4 parts"
+
+
 def test_shapes_by_number_by_name_and_with_another_n():
     assert parse_shape("2,3,4") == Shape(2, 3, 4)
     assert parse_shape("gemma2-2b") == Shape(8192, 2304, 256000, "gemma2-2b")

@@ -31,9 +31,8 @@ __all__ = ["TRUTH_FLOPS", "Settings", "run", "steps"]
 
 TRUTH_FLOPS = 10**11
 """Float64 operations a truth may take: some seconds on two cores."""
-
-
 LONG_FLOPS = 10**13
+"""Operations of a problem that runs once, in parts."""
 PARTS, PART_ROWS = 64, 16384
 """Parts of a long problem: at most so many, of no fewer rows. Every part writes all of dw."""
 UNIT_ROWS = 8192
@@ -179,18 +178,18 @@ class _Run:
         fastest = min(times, key=lambda way: times[way])
         units = [Figures(f"{case.unit.name}: {w}", "unit", seconds=[t]) for w, t in times.items()]
         for rival in self.running:
-            mine = self.figures[rival.name]
-            mine.seconds = [self.in_parts(rival, inputs)]
+            spent, _ = self.in_parts(rival, inputs)
+            self.figures[rival.name].seconds = [spent]
         for figures in (*units, *(self.figures[r.name] for r in self.running)):
             figures.units = figures.seconds[0] / times[fastest]
         return units, fastest
 
-    def in_parts(self, rival: Rival, inputs: Tensors) -> float:
-        """Seconds of one run of a rival; notes its peak extra memory."""
+    def in_parts(self, rival: Rival, inputs: Tensors) -> tuple[float, Tensors]:
+        """Seconds and outputs of one run of a rival; notes its peak extra memory."""
         case, problem, n = self.case, self.problem, self.problem.shape.rows
         own = case.with_gradients(problem, inputs)
         training = problem.mode == "training"
-        sums = {
+        sums = {"loss": torch.zeros((), device=problem.device)} | {
             gradient: torch.zeros(own[name].shape, dtype=torch.float32, device=problem.device)
             for name, gradient in case.differentiable.items()
             if training and name not in case.per_row
@@ -222,7 +221,7 @@ class _Run:
         mine = self.figures[rival.name]
         mine.extra_bytes = max(0, meter.extra())
         mine.memory_method, mine.note = f"{meter.method}, in this process", f"{-(-n // size)} parts"
-        return spent
+        return spent, sums | rows
 
     def race(self, inputs: Tensors) -> tuple[list[Figures], str]:
         """Time the rivals and the unit in turns; returns the unit's figures and its fastest way."""
