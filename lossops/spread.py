@@ -41,11 +41,7 @@ def spread_sigmoid(
     backend: str,
 ) -> Tensor:
     """The sigmoid loss of the whole batch from this rank's rows and columns."""
-    if reduction == "none" or factor.requires_grad:
-        raise ValueError(
-            "batch_group needs reduction 'rows' or 'sum' and weights without gradient, got "
-            f"reduction={reduction!r}; reduce the loss or gather the features yourself"
-        )
+    _check_reduced(reduction, "rows", factor)
     those = meet(batch_group, exchange, head, positives)
     head = joined(head, those)
     ids = spread_ids(positives, those, head)
@@ -75,11 +71,7 @@ def spread_softmax(
 ) -> Tensor:
     """The loss of the whole batch from this rank's rows and columns."""
     head = call.head
-    if call.reduction == "none" or (call.weights is not None and call.weights.requires_grad):
-        raise ValueError(
-            "batch_group needs reduction 'mean' or 'sum' and weights without gradient, got "
-            f"reduction={call.reduction!r}; reduce the loss or gather the features yourself"
-        )
+    _check_reduced(call.reduction, "mean", call.weights)
     those = meet(batch_group, exchange, head, positives, exclude)
     call = call._replace(head=joined(head, those))
     head = call.head
@@ -128,7 +120,7 @@ def spread_softmax(
 
 def _ring_softmax(call: SoftmaxCall, those: Peers) -> Tensor:
     head, scale = call.head, call.scale
-    n, m = head.x.shape[0], head.w.shape[0]
+    n = head.x.shape[0]
     if those.rows != those.columns:
         raise ValueError(
             "exchange='ring' of the softmax loss needs as many rows as columns on every rank, got "
@@ -158,8 +150,15 @@ def _ring_softmax(call: SoftmaxCall, those: Peers) -> Tensor:
     total: Tensor = apply(Whole, ((by_row + by_column) * u).sum() / 2, those)
     if call.reduction == "sum":
         return total
-    assert n == m
     return total / divisor(summed(u.sum(), those.group))
+
+
+def _check_reduced(reduction: str, mean: str, weights: Tensor | None) -> None:
+    if reduction == "none" or (weights is not None and weights.requires_grad):
+        raise ValueError(
+            f"batch_group needs reduction {mean!r} or 'sum' and weights without gradient, got "
+            f"reduction={reduction!r}; reduce the loss or gather the features yourself"
+        )
 
 
 def meet(group: Any, exchange: str, head: HeadInputs, *pairs: Any) -> Peers:
