@@ -1,6 +1,6 @@
 """lossops: fused large-output losses. A loss is a small function of row statistics."""
 
-from lossops import optim
+from lossops import optim, samplers
 from lossops.cross_entropy import (
     CrossEntropyOutput,
     cross_entropy,
@@ -10,6 +10,7 @@ from lossops.cross_entropy import (
 from lossops.factored import FactoredSphericalHead
 from lossops.gradient_cache import gradient_cache
 from lossops.linear import linear_loss, linear_statistics
+from lossops.margins import ArcFace, CombinedMargin, CosFace
 from lossops.modules import (
     CrossEntropyLoss,
     LinearCrossEntropyLoss,
@@ -24,6 +25,9 @@ from lossops.multilabel import (
     linear_cosine_contrastive_loss,
 )
 from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
+from lossops.partial_fc import PartialFC
+from lossops.sampled import nce_loss, negative_sampling_loss, sampled_softmax_loss
+from lossops.samplers import SampledClasses
 from lossops.schedules import LinearLossOptions
 from lossops.spherical import (
     linear_log_spherical_softmax_loss,
@@ -42,6 +46,9 @@ from lossops.statistics import RowStatistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "FactoredSphericalHead",
@@ -49,7 +56,9 @@ __all__ = [
     "LinearLogProb",
     "LinearLoss",
     "LinearLossOptions",
+    "PartialFC",
     "RowStatistics",
+    "SampledClasses",
     "SigmoidPairwiseLoss",
     "SoftmaxPairwiseLoss",
     "cross_entropy",
@@ -68,7 +77,11 @@ __all__ = [
     "linear_statistics",
     "log_spherical_softmax_loss",
     "log_taylor_softmax_loss",
+    "nce_loss",
+    "negative_sampling_loss",
     "optim",
+    "sampled_softmax_loss",
+    "samplers",
     "sigmoid_pairwise_loss",
     "softmax_pairwise_loss",
     "spherical_loss",

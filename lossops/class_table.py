@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lossops.gram import ClassMoments, class_moments, wide_dtype
+from lossops.shards import shards_of
 
 BLOCK = 8192
 """Classes at a time where all are visited."""
@@ -41,7 +42,8 @@ class ClassTable(nn.Module):
     def __init__(self, num_classes: int, width: int, group: Any, like: Tensor) -> None:
         super().__init__()
         self.num_classes, self.group = num_classes, group
-        self.first, count = _shard(num_classes, group)
+        shards = shards_of(num_classes, group)
+        self.first, count = shards.first, shards.count
         # So many that making a table of V rows anew costs about as much as their upkeep.
         kept = min(256, max(4, math.isqrt(2 * num_classes // width)))
         epoch = torch.zeros(count + 1, dtype=torch.int16, device=like.device)
@@ -149,16 +151,3 @@ class ClassTable(nn.Module):
 
         dist.all_reduce(tensor, group=self.group)
         return tensor
-
-
-def _shard(num_classes: int, group: Any) -> tuple[int, int]:
-    """First class and number of classes of this rank; the first ranks take the remainder."""
-    if group is None:
-        return 0, num_classes
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    share, rest = divmod(num_classes, size)
-    if not share:
-        raise ValueError(f"class_group has {size} ranks for {num_classes} classes; use fewer")
-    return rank * share + min(rank, rest), share + (rank < rest)

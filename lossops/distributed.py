@@ -74,19 +74,23 @@ def peers(group: Any, x: Tensor, w: Tensor, error: Exception | None) -> Peers:
     if rank < 0:
         raise ValueError("batch_group must be a group this process belongs to")
     wants = [torch.is_grad_enabled() and t.requires_grad for t in (x, w)]
-    listed = _from_all([x.shape[0], w.shape[0], *wants], error, group, x.device)
+    listed = from_all([x.shape[0], w.shape[0], *wants], error, group, x.device)
     rows, columns, x_wants, w_wants = (list(column) for column in zip(*listed, strict=True))
     return Peers(group, rank, rows, columns, (any(x_wants), any(w_wants)))
 
 
 def all_agree(error: Exception | None, those: Peers, device: torch.device) -> None:
     """Raise on every rank where there is an error on one."""
-    _from_all([], error, those.group, device)
+    from_all([], error, those.group, device)
 
 
-def _from_all(
+def from_all(
     numbers: list[Any], error: Exception | None, group: Any, device: torch.device
 ) -> list[list[int]]:
+    """The numbers of every rank; one small all-gather and one sync.
+
+    Where a rank has an ``error`` all raise: the others would wait for it in vain.
+    """
     mine = torch.tensor([error is not None, *numbers], dtype=torch.int64, device=device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
@@ -95,7 +99,7 @@ def _from_all(
         raise error
     failed = [rank for rank, line in enumerate(listed) if line[0]]
     if failed:
-        raise RuntimeError(f"the arguments were refused on rank {failed[0]} of batch_group")
+        raise RuntimeError(f"the arguments were refused on rank {failed[0]} of the process group")
     return [line[1:] for line in listed]
 
 
@@ -200,6 +204,33 @@ class Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         return ctx.size * g, None
+
+
+class ScaledGradient(torch.autograd.Function):
+    """t itself, whose gradient is ``factor`` times what it would be."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return ctx.factor * g, None
+
+
+class SummedGradient(torch.autograd.Function):
+    """t itself, the same on every rank; its gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return t.view_as(t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return summed(g.to(accumulate_dtype(g.dtype)), ctx.group).to(g.dtype), None
 
 
 def summed(t: Tensor, group: Any) -> Tensor:

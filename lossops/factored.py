@@ -49,6 +49,7 @@ from lossops.spherical import (
     spherical_row_losses,
     target_ids,
 )
+from lossops.topk import TopK, best_of, best_of_ranks, no_candidates
 
 WATCH_STEPS = 8
 """Steps between two looks at the singular values of U."""
@@ -62,13 +63,6 @@ WIDE_ENOUGH = (torch.float32, torch.float64)
 P = ParamSpec("P")
 R = TypeVar("R")
 SMALL = ("factor", "inverse", "offset", "mean", "gram")
-
-
-class TopK(NamedTuple):
-    """The largest logits of each row, falling, and their classes."""
-
-    values: Tensor
-    indices: Tensor
 
 
 class Drift(NamedTuple):
@@ -442,16 +436,15 @@ class FactoredSphericalHead(nn.Module):
         """
         x = rows_of(input.reshape(-1, self.dim), self.offset if self.bias else None,
                     self.watched.dtype)  # fmt: skip
-        best = TopK(x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64,
-                                                        device=x.device))  # fmt: skip
+        k, best = min(k, self.num_classes), no_candidates(x)
         across = x @ self.factor[:, : self.width].T  # (N, E): logits are t_j of this
         level = x @ self.offset[: self.width]
         for block in self.table.blocks():
             z = torch.addmm(level.unsqueeze(1), across, self.table.current(block).T)
             ids = torch.arange(block.start, block.stop, device=x.device) + self.table.first
-            best = _best(k, (best.values, z), (best.indices, ids.expand(len(x), -1)))
+            best = best_of(k, (best.values, z), (best.indices, ids.expand(len(x), -1)))
         if self.table.group is not None:
-            best = _best_of_ranks(best, k, self.table.group)
+            best = best_of_ranks(best, k, self.table.group)
         lead = (*input.shape[:-1], -1)
         return TopK(best.values.reshape(lead), best.indices.reshape(lead))
 
@@ -519,22 +512,6 @@ def _loss_function(loss: str | SphericalLoss, a: float, b: float) -> SphericalLo
     if loss not in named:
         raise ValueError(f"loss must be callable or one of {', '.join(named)}, got {loss!r}")
     return named[loss]
-
-
-def _best(k: int, values: tuple[Tensor, ...], ids: tuple[Tensor, ...]) -> TopK:
-    """The k largest of several candidates per row."""
-    z, names = torch.cat(values, 1), torch.cat(ids, 1)
-    found, at = z.topk(min(k, z.shape[1]), 1)
-    return TopK(found, names.gather(1, at))
-
-
-def _best_of_ranks(best: TopK, k: int, group: Any) -> TopK:
-    import torch.distributed as dist
-
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, tuple(best), group=group)
-    values, ids = zip(*gathered, strict=True)
-    return _best(k, values, ids)
 
 
 def _sent(values: Tensor) -> tuple[Tensor, Any]:

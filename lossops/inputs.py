@@ -38,27 +38,49 @@ def head_inputs(
         TypeError: an argument that is not a tensor, or not floating point.
         ValueError: shapes, devices or options that do not fit.
     """
+    _check_shapes(input, linear_weight, linear_bias)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
+    scale = _scale(logit_scale, input)
+    check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
+    dtype = _common_dtype(input, linear_weight, linear_bias)
+    lead = input.shape[:-1]
+    x = input.to(dtype).reshape(lead.numel(), input.shape[-1])
+    b = None if linear_bias is None else linear_bias.to(dtype)
+    return HeadInputs(x, linear_weight.to(dtype), b, scale, float(softcap or 0.0), lead)
+
+
+def row_head(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    logit_scale: float | Tensor | None,
+) -> HeadInputs:
+    """As `head_inputs`, for a weight of which only rows are used: it stays as and where it is."""
+    _check_shapes(input, linear_weight, linear_bias)
+    scale = _scale(logit_scale, input)
+    check_devices(input, logit_scale=scale)
+    lead = input.shape[:-1]
+    dtype = _common_dtype(input, linear_weight, linear_bias)
+    x = input.to(dtype).reshape(lead.numel(), input.shape[-1])
+    return HeadInputs(x, linear_weight, linear_bias, scale, 0.0, lead)
+
+
+def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     for name, t in (("input", input), ("linear_weight", linear_weight)):
-        _check_float(name, t)
+        check_float(name, t)
     if linear_weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             "linear_weight must have shape (V, D) with D the last dim of input, got input "
             f"{tuple(input.shape)} and linear_weight {tuple(linear_weight.shape)}"
         )
-    v, dim = linear_weight.shape
+    v = linear_weight.shape[0]
     if v == 0:
         raise ValueError("linear_weight must have at least one class, got shape (0, D)")
     if linear_bias is not None:
-        _check_float("linear_bias", linear_bias)
+        check_float("linear_bias", linear_bias)
         if linear_bias.shape != (v,):
             raise ValueError(f"linear_bias must have shape ({v},), got {tuple(linear_bias.shape)}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
-    scale = _scale(logit_scale, input)
-    check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
-    x, w, b = _one_dtype(input, linear_weight, linear_bias)
-    lead = input.shape[:-1]
-    return HeadInputs(x.reshape(lead.numel(), dim), w, b, scale, float(softcap or 0.0), lead)
 
 
 def class_ids(
@@ -130,7 +152,7 @@ def class_weight(
     """Class weights (V,) checked, in the accumulate dtype of ``like``."""
     if weight is None:
         return None
-    _check_float(name, weight)
+    check_float(name, weight)
     if weight.shape != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), got {tuple(weight.shape)}")
     if weight.requires_grad and torch.is_grad_enabled():
@@ -145,7 +167,7 @@ def row_weight(
     """Row weights flattened to (N,), in the accumulate dtype of ``like``."""
     if weight is None:
         return None
-    _check_float(name, weight)
+    check_float(name, weight)
     if weight.shape != lead:
         raise ValueError(
             f"{name} must have shape {tuple(lead)} (input without its last dim), "
@@ -186,8 +208,10 @@ def checked_options(options: LinearLossOptions | None) -> LinearLossOptions:
     return options or LinearLossOptions()
 
 
-def _check_float(name: str, t: Tensor) -> None:
+def check_float(name: str, t: object) -> None:
+    """Raise a TypeError for what is not a floating point tensor."""
     check_tensor(name, t)
+    assert isinstance(t, Tensor)
     if not t.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {t.dtype}")
 
@@ -205,13 +229,11 @@ def _scale(logit_scale: float | Tensor | None, input: Tensor) -> Tensor | None:
     return torch.full((), float(logit_scale), dtype=dtype, device=input.device)
 
 
-def _one_dtype(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _common_dtype(x: Tensor, w: Tensor, b: Tensor | None) -> torch.dtype:
     """Autocast's dtype where it is on (float64 stays), else the widest of the three."""
     device = x.device.type
     available = torch.amp.is_autocast_available(device)
     if available and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(x.dtype, w.dtype)
-        dtype = dtype if b is None else torch.promote_types(dtype, b.dtype)
-    return x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+        return torch.get_autocast_dtype(device)
+    dtype = torch.promote_types(x.dtype, w.dtype)
+    return dtype if b is None else torch.promote_types(dtype, b.dtype)

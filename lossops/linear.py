@@ -23,11 +23,12 @@ from lossops.inputs import (
     checked_options,
     class_ids,
     class_weight,
+    counted_rows,
     has_target,
     head_inputs,
     row_weight,
 )
-from lossops.loss_fn import LossSweep, UserLoss
+from lossops.loss_fn import Losses, LossSweep, UserLoss
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, one_sweep_rows, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, outputs
@@ -252,7 +253,6 @@ def linear_loss(
         torch.Size([4, 8])
     """
     check_reduction(reduction)
-    opts = checked_options(options)
     parameters = tuple(parameters)
     for i, p in enumerate(parameters):
         check_tensor(f"parameters[{i}]", p)
@@ -272,7 +272,7 @@ def linear_loss(
     listed = collected(names, target)
     a = class_vector_checked(class_vector, v, head.x)
 
-    def losses(values: Sequence[Tensor], rows: slice | Tensor) -> Tensor:
+    def losses(values: Sequence[Tensor], rows: slice | Tensor, given: Sequence[Tensor]) -> Tensor:
         """u F of some rows; ignored rows feed F finite dummies and are cut."""
         named = dict(zip(outputs(listed), values, strict=True))
         active = None
@@ -286,7 +286,7 @@ def linear_loss(
         with without_autocast(head.x.device):  # the same F in either schedule
             found = loss_fn(
                 RowStatistics(named, v, None if a is None else a.sum()),
-                **{k: t[rows] for k, t in extra.items()},
+                **dict(zip(extra, given, strict=False)),
             )
         check_tensor("what loss_fn returns", found)
         if found.shape != named["shift"].shape:
@@ -294,36 +294,83 @@ def linear_loss(
                 f"loss_fn must return one loss per row, shape {tuple(named['shift'].shape)}, "
                 f"got {tuple(found.shape)}"
             )
-        found = found if u is None else found * u[rows]
+        found = found if u is None else found * given[-1]
         return found if active is None else torch.where(active, found, 0.0)
 
+    found = swept_losses(
+        head, ids, listed, losses, class_vector=a, parameters=parameters,
+        row_tensors=[*extra.values(), *([] if u is None else [u])], rowwise=rowwise,
+        reduced=reduction != "none", options=options, backend=backend, counted=ids,
+    )  # fmt: skip
+    if reduction == "none":
+        return found.reshape(lead)
+    return found if reduction == "sum" else found / divisor
+
+
+def swept_losses(
+    head: HeadInputs,
+    ids: Tensor | None,
+    names: tuple[str, ...],
+    losses: Losses,
+    *,
+    class_vector: Tensor | None = None,
+    parameters: Sequence[Tensor] = (),
+    row_tensors: Sequence[Tensor] = (),
+    rowwise: bool = True,
+    reduced: bool,
+    options: LinearLossOptions | None,
+    backend: str,
+    counted: Tensor | None,
+    num_classes: int | None = None,
+) -> Tensor:
+    """Σ of the losses of all rows, in one sweep where that can be, or each of them (N,).
+
+    Args:
+        head: checked inputs.
+        ids: targets (N, K), which are no negatives; None for none.
+        names: canonical names of the statistics.
+        losses: the loss of some rows.
+        class_vector: a (V,). Default: ``None``.
+        parameters: tensors that ``losses`` closes over. Default: ``()``.
+        row_tensors: tensors (N, ...) handed to ``losses`` by rows; differentiable. Default: ``()``.
+        rowwise: False for a loss that must see all rows at once. Default: ``True``.
+        reduced: whether a sum is wanted.
+        options: schedule and memory.
+        backend: who computes.
+        counted: ids (N, K) of which rows with none have loss 0; None where all rows count.
+        num_classes: classes to plan chunks for, where other processes must plan the same ones; None
+            for those of the head. Default: ``None``.
+    """
+    opts = checked_options(options)
     diff = (head.x, head.w, head.b, head.scale)
     wants = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*diff, *parameters)
+        t is not None and t.requires_grad for t in (*diff, *parameters, *row_tensors)
     )
     rows = None
     if (
-        wants and rowwise and reduction != "none" and not torch.compiler.is_compiling()
+        wants and rowwise and reduced and not torch.compiler.is_compiling()
         # torch.func wraps what loss_fn closes over, out of sight of the gradient of one sweep.
         and not torch._C._are_functorch_transforms_active()
-        and not any(t.requires_grad for t in (*extra.values(), *([] if u is None else [u])))
     ):  # fmt: skip
-        rows = planned_rows(head, opts)
+        rows = planned_rows(head, opts, num_classes)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(
-            "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', weights and row "
-            "inputs without gradient, and neither torch.compile nor torch.func; use schedule='auto'"
+            "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', and neither "
+            "torch.compile nor torch.func; use schedule='auto'"
         )
     chosen = backends.select(backend, head.x.device, head.x.dtype).name
     if rows is not None:
         once = list({id(p): p for p in parameters}.values())  # given twice it would count twice
-        sweep = LossSweep(head, ids, a, listed, losses, once, rows, chosen)
-        total: Tensor | None = apply(UserLoss, sweep, *diff, *once)[0]
+        index = counted_rows(counted)
+        sweep = LossSweep(
+            head, ids, class_vector, names, losses, once, row_tensors, index, rows, chosen
+        )
+        total: Tensor | None = apply(UserLoss, sweep, *diff, *once, *row_tensors)[0]
         if total is not None:
-            return total if reduction == "sum" else total / divisor
-    stats = head_statistics(head, ids, listed, a, None, chosen)
-    each = losses(list(stats.values.values()), slice(None))
-    return reduced(each, divisor, reduction, lead)
+            return total
+    stats = head_statistics(head, ids, names, class_vector, None, chosen)
+    each = losses(list(stats.values.values()), slice(None), row_tensors)
+    return each.sum() if reduced else each
 
 
 def _flat_rows(
@@ -372,9 +419,11 @@ def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -
     return total if reduction == "sum" else total / divisor
 
 
-def planned_rows(head: HeadInputs, options: LinearLossOptions) -> int | None:
+def planned_rows(
+    head: HeadInputs, options: LinearLossOptions, num_classes: int | None = None
+) -> int | None:
     """Rows per chunk where this head runs in one sweep, None where in two."""
-    n, v = head.x.shape[0], head.w.shape[0]
+    n, v = head.x.shape[0], num_classes or head.w.shape[0]
     if options.schedule == "two_sweeps":
         return None
     if options.chunk_rows is not None:

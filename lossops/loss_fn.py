@@ -14,10 +14,13 @@ from torch import Tensor
 
 from lossops import backends, reference
 from lossops.autograd import hand_out
-from lossops.inputs import HeadInputs, counted_rows
+from lossops.inputs import HeadInputs
 from lossops.ops import check_target
 from lossops.schedules import Head, Needs, one_sweep, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
+
+Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
+"""Losses (R,) from statistics of some rows, which rows these are, and their row tensors."""
 
 
 class LossSweep:
@@ -29,27 +32,34 @@ class LossSweep:
         ids: Tensor | None,
         class_vector: Tensor | None,
         names: tuple[str, ...],
-        losses: Callable[[Sequence[Tensor], slice | Tensor], Tensor],
+        losses: Losses,
         parameters: Sequence[Tensor],
+        row_tensors: Sequence[Tensor],
+        index: Tensor | None,
         rows: int,
         backend: str,
     ) -> None:
         self.ids, self.class_vector, self.names = ids, class_vector, names
         self.losses, self.softcap = losses, head.softcap
         self.rows, self.backend, self.parameters = rows, backend, parameters
+        self.row_tensors, self.index = row_tensors, index
         self.known = {id(p) for p in parameters}
         self.made_by = {p.grad_fn for p in parameters if p.grad_fn is not None}
         needs = [t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)]
         self.needs = Needs(*needs)
 
     def run(self, x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Any]:
-        """Total loss, dx, dw, db, dscale, parameters' gradients; [None] to take two sweeps."""
+        """Total loss and gradients of x, w, b, scale, parameters and row tensors.
+
+        [None] to take two sweeps.
+        """
         check_target(self.ids, w.shape[0])
         head = Head(x, w, b, scale, self.softcap, self.ids, self.class_vector, None, self.names)
         order = outputs(self.names)
         smooth = [i for i, n in enumerate(order) if n != "shift" and n not in INDEX_OUTPUTS]
         parameters = self.parameters  # those F holds; unpacked by hooks they would be copies
         sums = [torch.zeros_like(p) for p in parameters]
+        by_row = [torch.zeros_like(t) for t in self.row_tensors]
 
         def row_function(
             stats: list[Tensor], rows: slice | Tensor
@@ -59,17 +69,16 @@ class LossSweep:
                 given = list(stats)
                 for i, leaf in zip(smooth, leaves, strict=True):
                     given[i] = leaf
-                losses = self.losses(given, rows)
-                if _reaches_others(losses, {*map(id, leaves), *self.known}, self.made_by):
+                own = [t.detach()[rows].requires_grad_(t.requires_grad) for t in self.row_tensors]
+                losses = self.losses(given, rows, own)
+                if _reaches_others(losses, {*map(id, (*leaves, *own)), *self.known}, self.made_by):
                     raise _TwoSweepsError
-                wanted = [p for p in parameters if p.requires_grad]
+                wanted = [t for t in (*leaves, *parameters, *own) if t.requires_grad]
                 found = (
                     # What loss_fn closes over may have a graph that every chunk goes back through.
-                    torch.autograd.grad(
-                        losses.sum(), [*leaves, *wanted], allow_unused=True, retain_graph=True
-                    )
+                    torch.autograd.grad(losses.sum(), wanted, allow_unused=True, retain_graph=True)
                     if losses.requires_grad
-                    else [None] * (len(leaves) + len(wanted))
+                    else [None] * len(wanted)
                 )
             coefficients: list[Tensor | None] = [None] * len(order)
             for i, c in zip(smooth, found, strict=False):
@@ -78,6 +87,9 @@ class LossSweep:
             for total, p in zip(sums, parameters, strict=True):
                 if p.requires_grad and (grad := next(following)) is not None:
                     total += grad
+            for total, t in zip(by_row, self.row_tensors, strict=True):
+                if t.requires_grad and (grad := next(following)) is not None:
+                    total[rows] = grad
             return losses.detach(), coefficients
 
         primitives = backends.select(self.backend, x.device, x.dtype).primitives()
@@ -85,12 +97,12 @@ class LossSweep:
         try:
             with without_autocast(x.device):
                 losses, grads = one_sweep(
-                    head, wanted, row_function, self.needs, primitives, self.rows,
-                    counted_rows(self.ids),
+                    head, wanted, row_function, self.needs, primitives, self.rows, self.index
                 )  # fmt: skip
         except _TwoSweepsError:
             return [None]
-        return [losses.sum(), *(x.new_empty(0) if g is None else g for g in grads), *sums]
+        ready = (x.new_empty(0) if g is None else g for g in grads)
+        return [losses.sum(), *ready, *sums, *by_row]
 
 
 class _TwoSweepsError(Exception):
@@ -113,6 +125,19 @@ def _reaches_others(losses: Tensor, known: set[int], made_by: set[Any]) -> bool:
             return True
         pending.extend(following for following, _ in node.next_functions)
     return False
+
+
+def _through_reference(
+    value: Callable[..., list[Tensor]], inputs: Sequence[Any], sweep: LossSweep, g: Tensor
+) -> list[Any]:
+    """Gradients with a graph of their own, also of what F closes over and of row tensors."""
+    with without_autocast(g.device):
+        given = [*inputs, *sweep.parameters, *sweep.row_tensors]
+        wanted = [t for t in given if t is not None and t.requires_grad]
+        found = iter(
+            torch.autograd.grad(value(*inputs), wanted, [g], create_graph=True, allow_unused=True)
+        )
+    return [None if t is None or not t.requires_grad else next(found) for t in given]
 
 
 class UserLoss(torch.autograd.Function):
@@ -140,17 +165,15 @@ class UserLoss(torch.autograd.Function):
             return (None,) * count
         saved = ctx.saved_tensors
         inputs, ready = saved[: count - 1], saved[count - 1 :]
-        if torch.is_grad_enabled() and len(inputs) > 4:
-            raise NotImplementedError(
-                "second derivatives with `parameters` are not supported in one sweep; "
-                "pass options=LinearLossOptions(schedule='two_sweeps')"
-            )
 
         def value(x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Tensor]:
             stats = reference.linear_statistics(
                 x, w, b, scale, sweep.softcap, sweep.ids, sweep.class_vector, None, sweep.names
             )
-            return [sweep.losses(stats, slice(None)).sum()]
+            return [sweep.losses(stats, slice(None), sweep.row_tensors).sum()]
+
+        if torch.is_grad_enabled() and len(inputs) > 4:
+            return (None, *_through_reference(value, inputs[:4], sweep, g))
 
         def again() -> Sequence[Tensor]:
             found: Sequence[Tensor] = sweep.run(*inputs[:4])[1:]

@@ -1,4 +1,4 @@
-"""Optimizers for heads whose weight is no ordinary Parameter."""
+"""Optimizers for large heads: tables of which a step touches few rows, and factored heads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lossops.factored import FactoredSphericalHead
+from lossops.row_optim import RowAdamW, RowSGD
 
-__all__ = ["FactoredSGD", "clip_grad_norm_"]
+__all__ = ["FactoredSGD", "RowAdamW", "RowSGD", "clip_grad_norm_"]
 
 
 class FactoredSGD(torch.optim.Optimizer):
@@ -58,9 +59,11 @@ def clip_grad_norm_(
     parameters: Tensor | FactoredSphericalHead | Iterable[Tensor | FactoredSphericalHead],
     max_norm: float,
 ) -> Tensor:
-    """Scale gradients so that their joint norm is at most ``max_norm``; as torch's, heads included.
+    """Scale gradients so that their joint norm is at most ``max_norm``; as torch's, and more.
 
     norm = √(Σ ‖∂L/∂p‖²),   every gradient times min(1, max_norm / (norm + 1e-6))
+
+    Sparse gradients, which torch's refuses, cost what their rows do.
 
     Args:
         parameters: tensors with a ``grad``, and factored heads, whose norm costs N² E operations.
@@ -93,7 +96,7 @@ def clip_grad_norm_(
                 "of a module pass *module.parameters()"
             )
     heads = [p for p in listed if isinstance(p, FactoredSphericalHead)]
-    grads = [p.grad for p in listed if isinstance(p, Tensor) and p.grad is not None]
+    grads = [_values(p) for p in listed if isinstance(p, Tensor) and p.grad is not None]
     norms = [*(torch.linalg.vector_norm(g) for g in grads), *(h.grad_norm() for h in heads)]
     if not norms:
         return torch.zeros(())
@@ -105,3 +108,13 @@ def clip_grad_norm_(
     for h in heads:
         h.scale_grad(factor)
     return norm
+
+
+def _values(p: Tensor) -> Tensor:
+    """The gradient, or the values of a sparse one, each class's rows added up first."""
+    assert p.grad is not None
+    if not p.grad.is_sparse:
+        return p.grad
+    if not p.grad.is_coalesced():
+        p.grad = p.grad.coalesce()
+    return p.grad.values()

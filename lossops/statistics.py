@@ -12,7 +12,7 @@ negatives (0 where that is not finite): with logits near 1e4 an absolute float32
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -312,31 +312,57 @@ class RowStatistics:
             )
         return _merge(a, b)
 
-    def all_reduce(self, group: Any = None) -> RowStatistics:
+    def all_reduce(
+        self, group: Any = None, *, num_classes: Sequence[int] | None = None
+    ) -> RowStatistics:
         """Merge over class shards, rank by rank in rank order; gradients reach this rank's part.
+
+        All statistics travel in one exchange, as the bytes they are: every rank then holds the same
+        bits.
 
         Args:
             group: the process group whose ranks hold consecutive class ranges.
                 Default: ``None`` (the default group).
+            num_classes: V of each rank, where known; else one more exchange. Default: ``None``.
         """
         import torch.distributed as dist
 
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        gathered: dict[str, list[Tensor]] = {}
-        for name, value in self.values.items():
-            parts = [torch.empty_like(value) for _ in range(size)]
-            dist.all_gather(parts, value.detach().contiguous(), group=group)
-            parts[rank] = value
-            gathered[name] = parts
-        counts: list[Any] = [None] * size
-        sums = (self.num_classes, self.class_vector_sum, self.teacher_sum)
-        dist.all_gather_object(counts, sums, group=group)
+
+        def from_all(t: Tensor) -> list[Tensor]:
+            parts = [torch.empty_like(t) for _ in range(size)]
+            dist.all_gather(parts, t, group=group)
+            return parts
+
+        if num_classes is None:
+            own = torch.tensor(self.num_classes, device=self.shift.device)
+            num_classes = [int(t) for t in from_all(own)]
+        given = dict(self.values)
+        for name in ("class_vector_sum", "teacher_sum"):
+            if (value := getattr(self, name)) is not None:
+                given[name] = value.expand_as(self.shift)
+        rows = self.shift.shape
+        packed = [_as_bytes(t.detach(), rows) for t in given.values()]
         merged: RowStatistics | None = None
-        for r in range(size):
-            part = RowStatistics({n: v[r] for n, v in gathered.items()}, *counts[r])
-            merged = part if merged is None else RowStatistics.merge(merged, part)
+        for r, line in enumerate(from_all(torch.cat(packed, -1))):
+            pieces = line.split([t.shape[-1] for t in packed], -1)
+            part = {
+                name: t if r == rank else piece.contiguous().view(t.dtype).reshape(t.shape)
+                for (name, t), piece in zip(given.items(), pieces, strict=True)
+            }
+            vector_sum, teacher_sum = (
+                part.pop(name, None) for name in ("class_vector_sum", "teacher_sum")
+            )
+            found = RowStatistics(part, num_classes[r], vector_sum, teacher_sum)
+            merged = found if merged is None else RowStatistics.merge(merged, found)
         assert merged is not None
         return merged
+
+
+def _as_bytes(t: Tensor, rows: torch.Size) -> Tensor:
+    """(*rows, *) as (*rows, bytes)."""
+    flat = t.reshape(*rows, -1) if t.numel() else t.new_empty(*rows, *t.shape[len(rows) :])
+    return flat.contiguous().view(torch.uint8)
 
 
 def _exp_times(log_weight: Tensor, value: Tensor) -> Tensor:

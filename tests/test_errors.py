@@ -322,13 +322,6 @@ ONE_SWEEP_IMPOSSIBLE = {
     "statistics": lambda: lossops.linear_statistics(X, wanting(W), Y, options=ONE),
     "a loss of rows": lambda: linear_loss(X, wanting(W), Y, reduction="none", options=ONE),
     "a loss across rows": lambda: linear_loss(X, wanting(W), Y, rowwise=False, options=ONE),
-    "a weighted loss": lambda: linear_loss(
-        X, wanting(W), Y, sample_weight=wanting(torch.ones(N)), options=ONE
-    ),
-    "a row input with a gradient": lambda: lossops.linear_loss(
-        X, wanting(W), Y, lambda s, a: a * s.log_p, row_inputs={"a": wanting(torch.ones(N))},
-        options=ONE,
-    ),
     "torch.func": lambda: torch.func.grad(
         lambda w: linear_loss(X, w, Y, options=ONE)
     )(W),

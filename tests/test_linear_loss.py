@@ -514,7 +514,7 @@ def test_second_derivatives(options, backend):
 
 
 def test_gradient_penalty(head, backend):
-    """A penalty on the gradient, as users write it; with `parameters` one sweep refuses."""
+    """A penalty on the gradient, as users write it, also with `parameters` and row inputs."""
 
     def penalised(loss, x):
         (dx,) = gradients(loss, x, create_graph=True)
@@ -527,16 +527,23 @@ def test_gradient_penalty(head, backend):
         gradients(penalised(loss, head.x), wanted), gradients(penalised(expected, head.x), wanted)
     )
     model = Temperature()
-    keywords = {"parameters": tuple(model.parameters()), "backend": backend}
-    loss = linear_loss(head.x, head.w, head.target, model, options=CHUNKS, **keywords)
-    with pytest.raises(NotImplementedError, match=r"parameters.*two_sweeps"):
-        penalised(loss, head.x)
-    loss = linear_loss(head.x, head.w, head.target, model, options=TWO, **keywords)
-    expected = model.oracle(head.x @ head.w.T, head.ids)[head.counted].mean()
-    wanted = (head.x, head.w, model.t)
-    assert_same(
-        gradients(penalised(loss, head.x), wanted), gradients(penalised(expected, head.x), wanted)
-    )
+    each = torch.linspace(0.5, 1.5, len(head.x), dtype=head.x.dtype).requires_grad_()
+
+    def weighted(stats, each):
+        return each * model(stats)
+
+    wanted = (head.x, head.w, model.t, each)
+    for options in (CHUNKS, TWO):
+        losses = model.oracle(head.x @ head.w.T, head.ids)[head.counted]
+        expected = (each[head.counted] * losses).mean()
+        loss = linear_loss(
+            head.x, head.w, head.target, weighted, options=options, row_inputs={"each": each},
+            parameters=tuple(model.parameters()), backend=backend,
+        )  # fmt: skip
+        assert_same(
+            gradients(penalised(loss, head.x), wanted),
+            gradients(penalised(expected, head.x), wanted),
+        )
 
 
 @SCHEDULES

@@ -68,6 +68,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         arg("target"), arg("statistics"), arg("coefficients"), arg("dx"), arg("dw"),
         arg("tile") = kTile);
 
+  m.def("sample_permuted", sample_permuted, no_gil, arg("key"), arg("count"), arg("num"));
+  m.def("sample_uniform", sample_uniform, no_gil, arg("key"), arg("count"), arg("num"));
+  m.def("sample_log_uniform", sample_log_uniform, no_gil, arg("key"), arg("count"), arg("log2"),
+        arg("num"), arg("unique"), arg("most"));
+  m.def("sample_alias", sample_alias, no_gil, arg("key"), arg("threshold"), arg("alias"),
+        arg("num"), arg("unique"), arg("most"));
+  m.def("alias_table", alias_table, no_gil, arg("probability"));
+
+  m.def("normalized_rows", normalized_rows, no_gil, arg("table"), arg("ids"), arg("eps"));
+  m.def("normalized_rows_gradient", normalized_rows_gradient, no_gil, arg("rows"), arg("norms"),
+        arg("gradient"));
+  m.def("sgd_rows", sgd_rows, no_gil, arg("table"), arg("velocity"), arg("ids"), arg("gradient"),
+        arg("lr"), arg("momentum"), arg("weight_decay"));
+  m.def("adamw_rows", adamw_rows, no_gil, arg("table"), arg("mean"), arg("square"), arg("count"),
+        arg("ids"), arg("gradient"), arg("lr"), arg("beta1"), arg("beta2"), arg("eps"),
+        arg("weight_decay"));
+
   // Whether bfloat16 products of depth d run on bfloat16 as it is, dz rounded to it.
   m.def(
       "half_products", [](int64_t d) { return half_products(at::kBFloat16, at::kBFloat16, d); },

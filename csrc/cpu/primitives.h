@@ -5,6 +5,8 @@
 // gives the same bits.
 #pragma once
 
+#include <tuple>
+
 #include "cpu/task.h"
 
 namespace lossops {
@@ -67,5 +69,34 @@ Tensors logits_statistics(const Tensor& z, const MaybeTensor& target,
 void logits_gradient(const Tensor& z, const MaybeTensor& target, const MaybeTensor& class_vector,
                      const MaybeTensor& teacher, const Names& names, const MaybeTensors& statistics,
                      const MaybeTensors& coefficients, const Tensor& out);
+
+// Draws of class ids, as lossops/reference_sampling.py: ids (num,), and the draws they took, -1 for
+// more than `most`.
+Tensor sample_permuted(int64_t key, int64_t count, int64_t num);
+
+Tensor sample_uniform(int64_t key, int64_t count, int64_t num);
+
+std::tuple<Tensor, int64_t> sample_log_uniform(int64_t key, int64_t count, double log2, int64_t num,
+                                               bool unique, int64_t most);
+
+std::tuple<Tensor, int64_t> sample_alias(int64_t key, const Tensor& threshold, const Tensor& alias,
+                                         int64_t num, bool unique, int64_t most);
+
+// Thresholds and aliases (V,) of a distribution (V,) float64.
+std::tuple<Tensor, Tensor> alias_table(const Tensor& probability);
+
+// Rows of a table by id, as lossops/reference_rows.py: w / max(|w|, eps) and the divisors, and the
+// gradient of the rows from that of the normalised ones.
+std::tuple<Tensor, Tensor> normalized_rows(const Tensor& table, const Tensor& ids, double eps);
+
+Tensor normalized_rows_gradient(const Tensor& rows, const Tensor& norms, const Tensor& gradient);
+
+// Updates of the rows `ids`, which rise strictly, in place.
+void sgd_rows(const Tensor& table, const MaybeTensor& velocity, const Tensor& ids,
+              const Tensor& gradient, double lr, double momentum, double weight_decay);
+
+void adamw_rows(const Tensor& table, const Tensor& mean, const Tensor& square, const Tensor& count,
+                const Tensor& ids, const Tensor& gradient, double lr, double beta1, double beta2,
+                double eps, double weight_decay);
 
 }  // namespace lossops
