@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossops.factored import FactoredSphericalHead
-from lossops.row_optim import RowAdamW, RowSGD
+from lossops.row_optim import RowAdamW, RowSGD, coalesced
 
 __all__ = ["FactoredSGD", "RowAdamW", "RowSGD", "clip_grad_norm_"]
 
@@ -113,8 +113,4 @@ def clip_grad_norm_(
 def _values(p: Tensor) -> Tensor:
     """The gradient, or the values of a sparse one, each class's rows added up first."""
     assert p.grad is not None
-    if not p.grad.is_sparse:
-        return p.grad
-    if not p.grad.is_coalesced():
-        p.grad = p.grad.coalesce()
-    return p.grad.values()
+    return coalesced(p).values() if p.grad.is_sparse else p.grad

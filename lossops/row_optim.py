@@ -266,9 +266,26 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not grad.is_sparse:
         return torch.arange(p.shape[0], device=p.device), grad
-    if not grad.is_coalesced():
-        p.grad = grad = grad.coalesce()
+    grad = coalesced(p)
     return grad.indices()[0].contiguous(), grad.values()
+
+
+def coalesced(p: Tensor) -> Tensor:
+    """The sparse gradient of p, from now on with rising distinct ids."""
+    grad = p.grad
+    assert grad is not None
+    if grad.is_coalesced():
+        return grad
+    ids = grad._indices()[0]
+    # autograd forgets that a gradient is coalesced; on a CPU a look is cheaper than the sort.
+    if grad.device.type == "cpu" and grad.sparse_dim() == 1 and bool((ids[1:] > ids[:-1]).all()):
+        p.grad = torch.sparse_coo_tensor(
+            grad._indices(), grad._values(), grad.shape, is_coalesced=True, check_invariants=False
+        )
+    else:
+        p.grad = grad.coalesce()
+    assert p.grad is not None
+    return p.grad
 
 
 class StepProducts:
