@@ -217,7 +217,7 @@ struct Moments {
 enum Term : unsigned {
   kSoftmax = 1,
   kEntropy = 2,
-  kTemperatures = 4,
+  kLogSums = 4,
   kSoftplus = 8,
   kAverage = 16,
   kMoment = 32,
@@ -243,7 +243,7 @@ struct RowBasis {
     return dz;
   }
 
-  // The terms over the negatives but those of temperatures; a is the class vector, t the teacher
+  // The terms over the negatives but those of other log-sums; a is the class vector, t the teacher
   // times the class vector.
   LOSSOPS_LANE L negative(unsigned terms, const L& z, const L& a, const L& t) const {
     using A = Lane<L>;

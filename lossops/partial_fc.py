@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossops.autograd import apply
-from lossops.distributed import GatherRows, ScaledGradient, from_all, gather_rows, wanting
+from lossops.distributed import (
+    GatherRows,
+    ScaledGradient,
+    SummedGradient,
+    from_all,
+    gather_rows,
+    wanting,
+)
 from lossops.inputs import check_devices, check_float, class_ids, head_inputs
 from lossops.linear import row_factors, swept_losses
 from lossops.margins import CosFace, Margin
@@ -173,16 +180,19 @@ class PartialFC(nn.Module):
         scale: float | Tensor = self.margin.scale
         if self.log_scale is not None:
             scale = self.log_scale.exp()
-        head = head_inputs(x, rows, None, scale, None)
-        names = canonical(["lse", "target"])
-        parameters = [head.scale] if self.log_scale is not None and head.scale is not None else []
+        of_logits = scale  # each rank has the gradient of its own logits' scale
+        if isinstance(scale, Tensor) and self.shards.group is not None:
+            of_logits = apply(SummedGradient, scale, self.shards.group)
+        head = head_inputs(x, rows, None, of_logits, None)
+        names = canonical([self._sum_name(scale), "target"])
+        parameters = [scale] if isinstance(scale, Tensor) else []
 
         def losses(values: Any, which: slice | Tensor, given: Any) -> Tensor:
             named = dict(zip(outputs(names), values, strict=True))
             stats = RowStatistics(named, head.w.shape[0])
             if self.shards.group is not None:
                 stats = stats.all_reduce(self.shards.group, num_classes=self._sizes(len(ids)))
-            return self._losses(stats, ids[which, 0] >= 0, head.scale)
+            return self._losses(stats, names[-1], ids[which, 0] >= 0, scale)
 
         total = swept_losses(
             head, local, names, losses, parameters=parameters, reduced=True, options=self.options,
@@ -227,11 +237,18 @@ class PartialFC(nn.Module):
             f"margin={self.margin}, sparse={self.sparse}"
         )
 
-    def _losses(self, stats: RowStatistics, active: Tensor, scale: Any) -> Tensor:
+    def _sum_name(self, scale: float | Tensor) -> str:
+        """The log-sum over the other classes. A filter is in logits: a learned scale is read."""
+        above = self.margin.filter_above
+        return "lse" if above is None else f"lse<{above * float(scale):.9g}"
+
+    def _losses(
+        self, stats: RowStatistics, name: str, active: Tensor, scale: float | Tensor
+    ) -> Tensor:
         """Losses (R,) from the statistics over all shards."""
-        shift, lse = (torch.where(active, t, 0.0) for t in (stats.shift, stats.relative("lse")))
+        shift, lse = (torch.where(active, t, 0.0) for t in (stats.shift, stats.relative(name)))
         z = torch.where(active, stats.target[:, 0], 0.0)
-        moved = scale.to(z.dtype) * self.margin(z / scale.to(z.dtype)) - shift
+        moved = scale * self.margin(z / scale) - shift
         return torch.where(active, -F.logsigmoid(moved - lse), 0.0)
 
     def _sizes(self, rows: int) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.statistics import STATISTICS, TEMPERATURE, outputs, temperature
+from lossops.statistics import STATISTICS, is_log_sum, limit, outputs, temperature
 
 TILE = 4096  # classes upcast at a time: 4·D·TILE bytes beside a half-precision w
 PRODUCT = 2**22  # logits per product where no chunk is given, 16 MiB of float32
@@ -276,7 +276,8 @@ def _block_statistics(
             masked = (t == 0) & (rel == -torch.inf)  # elsewhere z is the gradient of t, even at 0
             found["teacher"] = (rel.masked_fill(masked, 0.0) * t).sum(1)
         else:
-            found[name] = logsumexp(neg * temperature(name))
+            kept = torch.where(neg > limit(name) - m.unsqueeze(1), -m.unsqueeze(1), neg)
+            found[name] = logsumexp(kept * temperature(name))
     return [found[name] for name in outputs(names)]
 
 
@@ -384,9 +385,10 @@ def _negatives_gradient(
             away = 1 + rel - stat["mean"].unsqueeze(1)
             dz += c.unsqueeze(1) * torch.where(q == 0, zero, q * away)
     for name in names:
-        if name.startswith(TEMPERATURE) and (c := coef[name]) is not None:
+        if is_log_sum(name) and (c := coef[name]) is not None:
             t = temperature(name)
-            dz += (t * c).unsqueeze(1) * softmax(t, stat[name])
+            q = softmax(t, stat[name])
+            dz += (t * c).unsqueeze(1) * torch.where(z > limit(name), 0.0, q)
     if (c := coef.get("softplus")) is not None:
         dz += c.unsqueeze(1) * torch.sigmoid(z)
     if (c := coef.get("average")) is not None:

@@ -56,6 +56,7 @@ STATISTICS: dict[str, Statistic] = {
     "teacher": Statistic(("teacher",), "Σ t_j a_j z_j over all classes", "t_j a_j"),
 }
 TEMPERATURE = "lse@"  # "lse@2": log Σ e^{2 z_j} over the negatives; its basis is 2 softmax(2 z)_j
+FILTERED = "lse<"  # "lse<3": log Σ e^{f_j} over the negatives, f_j = z_j up to 3, 0 above, basis 0
 
 INDEX_OUTPUTS = ("argmax", "runner_up_index", "below_target_index")
 
@@ -64,7 +65,8 @@ def canonical(names: Iterable[str]) -> tuple[str, ...]:
     """The statistics behind ``names`` and what they need, in the order of the table.
 
     Raises:
-        ValueError: a name is not in the table, or ``"lse@t"`` has no positive number t.
+        ValueError: a name is not in the table, nor ``"lse@t"`` with a positive number t, nor
+            ``"lse<t"`` with a number t.
     """
     wanted: set[str] = set()
     pending = [{"argmax": "max"}.get(name, name) for name in names]
@@ -74,10 +76,10 @@ def canonical(names: Iterable[str]) -> tuple[str, ...]:
             continue
         if name in STATISTICS:
             pending.extend(STATISTICS[name].needs)
-        elif not (name.startswith(TEMPERATURE) and _temperature(name) > 0):
+        elif not is_log_sum(name):
             raise ValueError(
                 f"names must be among {', '.join(STATISTICS)} or 'lse@t' with a number t > 0, "
-                f"got {name!r}"
+                f"or 'lse<t' with a number t, got {name!r}"
             )
         wanted.add(name)
     return (*(n for n in STATISTICS if n in wanted), *sorted(wanted - STATISTICS.keys()))
@@ -89,14 +91,24 @@ def outputs(names: Iterable[str]) -> tuple[str, ...]:
     return ("shift", *listed)
 
 
-def _temperature(name: str) -> float:
-    text = name.removeprefix(TEMPERATURE)
-    return float(text) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) else 0.0
+NUMBER = r"\d*\.?\d+(e-?\d+)?"
+
+
+def is_log_sum(name: str) -> bool:
+    """Whether this is ``"lse@t"`` or ``"lse<t"``."""
+    if match := re.fullmatch(f"{TEMPERATURE}({NUMBER})", name):
+        return float(match[1]) > 0
+    return re.fullmatch(f"{FILTERED}-?{NUMBER}", name) is not None
 
 
 def temperature(name: str) -> float:
-    """The temperature t of ``"lse@t"``."""
-    return _temperature(name)
+    """The factor t of the logits in ``"lse@t"``, 1 in ``"lse<t"``."""
+    return float(name.removeprefix(TEMPERATURE)) if name.startswith(TEMPERATURE) else 1.0
+
+
+def limit(name: str) -> float:
+    """The largest logit that ``"lse<t"`` takes as it is; inf in ``"lse@t"``."""
+    return float(name.removeprefix(FILTERED)) if name.startswith(FILTERED) else torch.inf
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,15 @@ class RowStatistics:
                 return value + t * self.shift
         raise AttributeError(
             f"statistic 'lse@{t:g}' was not collected; add names=(..., 'lse@{t:g}')"
+        )
+
+    def lse_up_to(self, t: float) -> Tensor:
+        """log Σ e^{f_j} over the negatives, f_j = z_j up to t and 0 above, (N,), of ``"lse<t"``."""
+        for name, value in self.values.items():
+            if name.startswith(FILTERED) and limit(name) == t:
+                return value + self.shift
+        raise AttributeError(
+            f"statistic 'lse<{t:g}' was not collected; add names=(..., 'lse<{t:g}')"
         )
 
     @property
@@ -394,7 +415,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
             )
         elif name == "lse":
             out[name] = logaddexp(la + da, lb + db)
-        elif name.startswith(TEMPERATURE):
+        elif is_log_sum(name):
             t = temperature(name)
             out[name] = logaddexp(la + t * da, lb + t * db)
         elif name == "mean":

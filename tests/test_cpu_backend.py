@@ -25,7 +25,7 @@ from lossops.statistics import STATISTICS, canonical, outputs
 MODULES = [n for n in cpu_module_names() if importlib.util.find_spec(n) is not None]
 pytestmark = pytest.mark.skipif(not MODULES, reason="no compiled CPU module is built")
 
-EVERYTHING = canonical((*STATISTICS, "lse@2", "lse@0.5"))
+EVERYTHING = canonical((*STATISTICS, "lse@2", "lse@0.5", "lse<0.3", "lse<-0.5"))
 PLAIN = canonical(("target", "lse"))  # what a chunk keeps exponentials for
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)

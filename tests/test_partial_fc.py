@@ -22,6 +22,7 @@ MARGINS = {
     "cosface": CosFace(8.0, 0.3),
     "arcface": ArcFace(8.0, 0.5),
     "combined": CombinedMargin(8.0, 1.2, 0.2, 0.1),
+    "filtered": CosFace(8.0, 0.3, filter_above=0.2),
 }
 
 
@@ -169,6 +170,34 @@ def test_margins_at_the_ends() -> None:
         moved.sum().backward()
         assert c.grad is not None
         assert bool(moved.isfinite().all() & c.grad.isfinite().all())
+
+
+def test_a_filter_as_insightface_has_it() -> None:
+    cosines = torch.tensor([0.6, -0.2, 0.1, 0.75, -0.5, 0.0], dtype=torch.float64)
+    z = 4 * cosines
+    w = z.unsqueeze(1).requires_grad_()
+    stats = lossops.linear_statistics(
+        torch.ones(1, 1, dtype=torch.float64), w, torch.tensor([0]), names=("lse<1.6", "target")
+    )
+    moved = stats.target - 4 * 0.4
+    loss = F.softplus(stats.lse_up_to(1.6) - moved).sum()
+    assert abs(loss.item() - 1.04087178) < 1e-8
+    (g,) = torch.autograd.grad(loss, w)
+    expected = torch.tensor([-2.587413, 0.285196, 0.946885, 0, 0.085899, 0.634716]) / 4
+    torch.testing.assert_close(g[:, 0], expected.double(), atol=1e-6, rtol=0)
+    with pytest.raises(AttributeError, match="statistic 'lse<2' was not collected"):
+        stats.lse_up_to(2)
+
+
+def test_a_filter_of_large_logits() -> None:
+    # Logits of 300 are all filtered: what is left must not be lost below a shift of 300.
+    z = torch.tensor([[0.0, 300.0, 299.0, -2.0, 1.0]], dtype=torch.float32)
+    stats = lossops.linear_statistics(torch.ones(1, 1), z.T, torch.tensor([0]), names=("lse<5",))
+    expected = torch.tensor([0.0, 0.0, -2.0, 1.0]).logsumexp(0)
+    rounding = 300 * 2.0**-24  # of the stored value, which is relative to the shift
+    torch.testing.assert_close(
+        stats.lse_up_to(5.0), expected.unsqueeze(0), rtol=0, atol=2 * rounding
+    )
 
 
 def test_straight_through_has_the_value_of_the_margin_and_slope_one() -> None:

@@ -14,7 +14,7 @@ from lossops import reference
 from lossops.statistics import INDEX_OUTPUTS, STATISTICS, RowStatistics, canonical, outputs
 
 V = 7
-NAMES = (*STATISTICS, "lse@2", "lse@0.5")
+NAMES = (*STATISTICS, "lse@2", "lse@0.5", "lse<0.3")
 TARGETS = {
     "none": None,
     "one": torch.tensor([[2], [0], [6], [-1], [3]]),
@@ -73,6 +73,8 @@ def as_the_table_says(name: str, z: Tensor, ids: list[int], a: Tensor, t: Tensor
         return [torch.logsumexp(n, 0)]
     if name.startswith("lse@"):
         return [torch.logsumexp(float(name[4:]) * n, 0)]
+    if name.startswith("lse<"):
+        return [torch.logsumexp(torch.where(n > float(name[4:]), 0.0, n), 0)]
     if name == "entropy":
         return [(n.softmax(0) * n).sum()]
     if name in ("max", "runner_up", "below_target"):
@@ -317,7 +319,7 @@ def test_rows_of_infinities_have_finite_gradients() -> None:
 def test_statistics_are_relative_to_a_shift_that_takes_all_of_an_offset() -> None:
     z, _, t = tensors()
     target = TARGETS["one"]
-    names = canonical([n for n in NAMES if n not in ("softplus", "weighted_sum")])
+    names = canonical([n for n in NAMES if n not in ("softplus", "weighted_sum", "lse<0.3")])
     here = reference.logits_statistics(z, target, None, t, names)
     there = reference.logits_statistics(z + 1e4, target, None, t, names)
     for output, a, b in zip(outputs(names), here, there, strict=True):

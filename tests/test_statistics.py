@@ -24,9 +24,9 @@ from lossops.statistics import (
     temperature,
 )
 
-MERGEABLE = canonical(["lse@2", *(n for n in STATISTICS if n != "below_target")])
+MERGEABLE = canonical(["lse@2", "lse<0.3", *(n for n in STATISTICS if n != "below_target")])
 # Sums over all classes are -inf or NaN as soon as one logit is -inf, as they should be.
-WITH_HOLES = canonical(["lse@2", "entropy", "runner_up", "softplus", "target"])
+WITH_HOLES = canonical(["lse@2", "lse<0.3", "entropy", "runner_up", "softplus", "target"])
 ATTRIBUTES = (
     "target", "lse", "logsumexp", "log_p", "log_1mp", "target_minus_lse", "entropy", "max",
     "argmax", "runner_up", "runner_up_index", "sum", "sumsq", "moment", "softplus",

@@ -19,9 +19,9 @@ unsigned terms_of(const Fields<S>& coefficient) {
          (coefficient.softplus ? kSoftplus : 0u) | (coefficient.average ? kAverage : 0u) |
          (coefficient.moment ? kMoment : 0u) | (coefficient.weighted_sum ? kVector : 0u) |
          (coefficient.teacher ? kTeacher : 0u) |
-         (std::any_of(coefficient.temperatures.begin(), coefficient.temperatures.end(),
+         (std::any_of(coefficient.log_sums.begin(), coefficient.log_sums.end(),
                       [](const S* c) { return c != nullptr; })
-              ? kTemperatures
+              ? kLogSums
               : 0u);
 }
 
@@ -79,13 +79,15 @@ inline void negatives_gradient(const Chain<S>& chain, int64_t row, S* z, int64_t
     const Vec<S> as = terms & kVector ? load(a + i, count, S(0)) : Vec<S>(0);
     const Vec<S> ts = terms & kTeacher ? load(t + i, count, S(0)) : Vec<S>(0);
     Vec<S> dz = basis.negative(terms, v, as, ts);
-    if (terms & kTemperatures) {
-      for (size_t k = 0; k < task.temperatures.size(); ++k) {
-        if (chain.coefficient.temperatures[k] == nullptr) continue;
-        const S lse = chain.statistic.temperatures[k][row], temperature = task.temperatures[k];
+    if (terms & kLogSums) {
+      for (size_t k = 0; k < task.log_sums.size(); ++k) {
+        if (chain.coefficient.log_sums[k] == nullptr) continue;
+        const auto [temperature, limit] = task.log_sums[k];
+        const S lse = chain.statistic.log_sums[k][row];
         const Vec<S> floor(lse == -kInf<S> ? S(0) : lse);
-        const Vec<S> q = A::exp(Vec<S>(temperature) * (v - basis.shift) - floor);
-        dz = A::fma(Vec<S>(temperature * chain.coefficient.temperatures[k][row]), q, dz);
+        Vec<S> q = A::exp(Vec<S>(temperature) * (v - basis.shift) - floor);
+        if (task.log_sums[k].filters()) q = A::select(v > Vec<S>(limit), Vec<S>(0), q);
+        dz = A::fma(Vec<S>(temperature * chain.coefficient.log_sums[k][row]), q, dz);
       }
     }
     if (task.cap != 0) dz = dz * softcap_slope(v, Vec<S>(task.cap));

@@ -33,7 +33,7 @@ void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::Sc
 bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
   if (head.softcap != 0 || !contains(head.names, "lse")) return false;
   for (const auto& name : head.names) {  // those that take z a second time
-    if (name == "entropy" || name == "below_target" || is_temperature(name)) return false;
+    if (name == "entropy" || name == "below_target" || is_log_sum(name)) return false;
   }
   for (const auto& name : wanted) {
     if (name != "target" && name != "lse") return false;
@@ -52,7 +52,7 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
   const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
-  std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
+  std::vector<RowState<S>> states(task.rows, RowState<S>(task.log_sums.size()));
   const int64_t block = std::max<int64_t>(1, task.rows);
   const Operands operands(head);
   Rows x = operands.x(head, block), w = operands.w(head, tile);

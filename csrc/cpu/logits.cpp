@@ -39,7 +39,7 @@ Tensors statistics_of(const Tensor& z, const MaybeTensor& target, const MaybeTen
   const auto options = z.options().dtype(c10::CppTypeToScalarType<S>::value);
   const auto tensors = allocate_statistics(names, task.rows, target, options);
   const Fields<S> out(names, {tensors.begin(), tensors.end()});
-  std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
+  std::vector<RowState<S>> states(task.rows, RowState<S>(task.log_sums.size()));
   const Operand logits(z);
   each_tile(
       task, logits,

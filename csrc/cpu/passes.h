@@ -116,6 +116,19 @@ inline SoftmaxSums exponentials(const S* z, int64_t n, S shift, S t) {
   return {sum_of_lanes(sum), kWeighted ? sum_of_lanes(weighted) : 0};
 }
 
+// Σ e^{f - shift}, f = z up to the limit, 0 above.
+template <typename S>
+inline double filtered_exponentials(const S* z, int64_t n, S shift, S limit) {
+  using A = Lane<Vec<S>>;
+  const Vec<S> shifts(shift), limits(limit);
+  Vec<S> sum(0);
+  for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
+    const Vec<S> v = load(z + i, count, -kInf<S>);
+    sum = sum + A::exp(A::select(v > limits, Vec<S>(0), v) - shifts);
+  });
+  return sum_of_lanes(sum);
+}
+
 // The offset of exponentials that are kept: a number of powers of two in float, so that no
 // difference is rounded and an offset that was badly chosen costs no accuracy; a logit in double,
 // and in float where the powers of two would not be exact any more.

@@ -34,9 +34,9 @@ struct RowState {
   double vector_total = 0, vector_sum = 0;    // Σ a z, Σ a
   double teacher_total = 0, teacher_sum = 0;  // Σ t a z, Σ t a
   double softplus = 0;
-  std::vector<SoftmaxSums> temperatures;
+  std::vector<SoftmaxSums> log_sums;
 
-  explicit RowState(size_t temperature_count) : temperatures(temperature_count) {}
+  explicit RowState(size_t log_sum_count) : log_sums(log_sum_count) {}
 };
 
 // Statistics over all classes of the tile: the targets are still in place.
@@ -115,8 +115,9 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, bool kee
     const double by = shift - state.shift;
     if (keep) multiply(row, before, static_cast<S>(std::exp(-by)));
     state.softmax.raise(by);
-    for (size_t k = 0; k < task.temperatures.size(); ++k) {
-      state.temperatures[k].raise(by, task.temperatures[k]);
+    for (size_t k = 0; k < task.log_sums.size(); ++k) {
+      const LogSum<S>& kind = task.log_sums[k];
+      state.log_sums[k].raise(kind.shift(shift) - kind.shift(state.shift), kind.temperature);
     }
   }
   state.seen = true;
@@ -147,8 +148,12 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
     return;
   }
   const S shift = static_cast<S>(state.shift);
-  for (size_t k = 0; k < task.temperatures.size(); ++k) {
-    state.temperatures[k].sum += exponentials<false>(z, n, shift, task.temperatures[k]).sum;
+  for (size_t k = 0; k < task.log_sums.size(); ++k) {
+    const LogSum<S>& kind = task.log_sums[k];
+    const S from = static_cast<S>(kind.shift(state.shift));
+    state.log_sums[k].sum += kind.filters()
+                                 ? filtered_exponentials(z, n, from, kind.limit)
+                                 : exponentials<false>(z, n, from, kind.temperature).sum;
   }
   if (out.lse == nullptr) return;
   const SoftmaxSums tile = out.mean != nullptr ? exponentials<true>(z, n, shift, S(1))
@@ -172,9 +177,11 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
   put(out.lse, poisoned ? state.top : std::log(state.softmax.sum) + above);
   const double mean = state.softmax.weighted / state.softmax.sum + above;
   put(out.mean, poisoned ? std::nan("") : state.softmax.sum == 0 ? 0 : mean);
-  for (size_t k = 0; k < task.temperatures.size(); ++k) {
-    const double lse = std::log(state.temperatures[k].sum) + task.temperatures[k] * above;
-    put(out.temperatures[k], poisoned ? state.top : lse);
+  for (size_t k = 0; k < task.log_sums.size(); ++k) {
+    const LogSum<S>& kind = task.log_sums[k];
+    const double from = kind.shift(state.shift) - m;
+    const double lse = std::log(state.log_sums[k].sum) + kind.temperature * from;
+    put(out.log_sums[k], poisoned ? state.top : lse);
   }
   put(out.max, static_cast<double>(state.top) - m);
   put(out.below_target, -kInf<double>);

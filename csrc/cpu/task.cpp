@@ -13,7 +13,7 @@
 namespace lossops {
 namespace {
 
-constexpr std::string_view kTemperature = "lse@";
+constexpr std::string_view kTemperature = "lse@", kFiltered = "lse<";
 
 // Calls f with a null pointer of the C++ type of a floating dtype.
 template <typename F>
@@ -33,8 +33,11 @@ void by_dtype(at::ScalarType dtype, F&& f) {
   }
 }
 
-double temperature(const std::string& name) {
-  return std::strtod(name.c_str() + kTemperature.size(), nullptr);
+template <typename S>
+LogSum<S> log_sum(const std::string& name) {
+  const S number = static_cast<S>(std::strtod(name.c_str() + kTemperature.size(), nullptr));
+  if (name.starts_with(kFiltered)) return {S(1), number};
+  return {number, kInf<S>};
 }
 
 // (outputs) of one canonical name, in order.
@@ -47,7 +50,7 @@ Names outputs(const std::string& name) {
   for (const char* same : {"target", "lse", "softplus", "weighted_sum", "teacher"}) {
     if (name == same) return {name};
   }
-  TORCH_CHECK(is_temperature(name), "names must be canonical statistics, got '", name,
+  TORCH_CHECK(is_log_sum(name), "names must be canonical statistics, got '", name,
               "'; pass lossops.statistics.canonical(names)");
   return {name};
 }
@@ -78,7 +81,7 @@ S** field(Fields<S>& f, const std::string& output) {
   if (output == "softplus") return &f.softplus;
   if (output == "weighted_sum") return &f.weighted_sum;
   if (output == "teacher") return &f.teacher;
-  return &f.temperatures.emplace_back(nullptr);
+  return &f.log_sums.emplace_back(nullptr);
 }
 
 template <typename S>
@@ -95,7 +98,9 @@ Tensor dense(const Tensor& t) {
 
 }  // namespace
 
-bool is_temperature(const std::string& name) { return name.starts_with(kTemperature); }
+bool is_log_sum(const std::string& name) {
+  return name.starts_with(kTemperature) || name.starts_with(kFiltered);
+}
 
 Operand::Operand(const Tensor& matrix)
     : data(const_cast<void*>(matrix.const_data_ptr())),
@@ -124,8 +129,8 @@ Fields<S>::Fields(const Names& names, const std::vector<MaybeTensor>& tensors) {
   const Names all = all_outputs(names);
   TORCH_CHECK(tensors.size() == all.size(), "expected one tensor for each of the ", all.size(),
               " outputs of names, got ", tensors.size());
-  // `temperatures` must not move while pointers into it are handed out.
-  temperatures.reserve(all.size());
+  // `log_sums` must not move while pointers into it are handed out.
+  log_sums.reserve(all.size());
   owners.reserve(all.size());
   for (size_t i = 0; i < all.size(); ++i) {
     if (is_index(all[i])) {
@@ -183,7 +188,7 @@ Task<S>::Task(int64_t rows_, int64_t classes_, const MaybeTensor& target, const 
     bias = bias_values.template const_data_ptr<S>();
   }
   for (const auto& name : names) {
-    if (is_temperature(name)) temperatures.push_back(static_cast<S>(temperature(name)));
+    if (is_log_sum(name)) log_sums.push_back(log_sum<S>(name));
   }
   TORCH_CHECK(target || !contains(names, "below_target"),
               "statistic 'below_target' needs target (N, K), got None");

@@ -42,7 +42,7 @@ struct Fields {
   S *shift{}, *target{}, *lse{}, *mean{}, *max{}, *runner_up{}, *below_target{};
   S *average{}, *moment{}, *softplus{}, *weighted_sum{}, *teacher{};
   int64_t *argmax{}, *runner_up_index{}, *below_target_index{};
-  std::vector<S*> temperatures;
+  std::vector<S*> log_sums;
   std::vector<Tensor> owners;  // keeps copies that had to be made alive
 
   Fields(const Names& names, const std::vector<MaybeTensor>& tensors);
@@ -51,6 +51,18 @@ struct Fields {
 // The statistics of `names`, not yet filled but for `target`, which is -inf where there is none.
 std::vector<Tensor> allocate_statistics(const Names& names, int64_t rows, const MaybeTensor& target,
                                         const at::TensorOptions& options);
+
+// log Σ e^{t f(z)}, f(z) = z up to the limit, 0 above.
+template <typename S>
+struct LogSum {
+  S temperature, limit;
+
+  bool filters() const { return limit < kInf<S>; }
+  // Where the sum's shift lies for a row of this shift, the largest negative: no f(z) is above it.
+  double shift(double largest) const {
+    return filters() ? std::min(largest, std::max<double>(limit, 0)) : largest;
+  }
+};
 
 // The call's operands in the form the row passes read.
 template <typename S>
@@ -62,7 +74,7 @@ struct Task {
   const S* class_vector = nullptr;  // (V,)
   Operand teacher;                  // (N, V)
   S cap = 0;
-  std::vector<S> temperatures;
+  std::vector<LogSum<S>> log_sums;
 
   Task(int64_t rows, int64_t classes, const MaybeTensor& target, const MaybeTensor& class_vector,
        const MaybeTensor& teacher, const MaybeTensor& bias, double softcap, const Names& names);
@@ -75,8 +87,8 @@ struct Task {
   void load_teacher(int64_t row, int64_t first, int64_t n, S* to) const;
 };
 
-// "lse@t"
-bool is_temperature(const std::string& name);
+// "lse@t" or "lse<t"
+bool is_log_sum(const std::string& name);
 
 inline bool contains(const Names& names, const char* name) {
   for (const auto& n : names) {

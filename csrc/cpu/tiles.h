@@ -187,7 +187,7 @@ Tensors statistics_of(const Head& head, int64_t tile, After&& after) {
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
   const Fields<S> out(head.names, {tensors.begin(), tensors.end()});
-  std::vector<RowState<S>> states(task.rows, RowState<S>(task.temperatures.size()));
+  std::vector<RowState<S>> states(task.rows, RowState<S>(task.log_sums.size()));
   const Operands operands(head);
   const int64_t block = rows_in_flight(head, kRowBlock);
   tile = rows_in_flight(head, tile);
