@@ -8,7 +8,7 @@ the formulas and their gradients are in `lossops.recipes`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import LinearCrossEntropyOptions
 
 from lossops import backends
 from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
+from lossops.class_parallel import local_ids, spread_head, statistics_of_all
 from lossops.inputs import (
     HeadInputs,
     check_devices,
@@ -27,20 +28,21 @@ from lossops.inputs import (
     class_ids,
     class_weight,
     flat_logits,
-    head_inputs,
     row_weight,
 )
 from lossops.linear import (
     check_two_sweeps,
-    head_statistics,
     planned_rows,
     reduced,
     row_factors,
+    swept_losses,
     teacher_sums,
 )
+from lossops.ops import check_target
 from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
+from lossops.shards import Shards
 from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical
 from lossops.statistics import outputs as statistic_outputs
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         linear_bias: Tensor | None
         logit_scale: float | Tensor | None
         softcap: float | None
+        class_group: Any
         options: Any
 
     class _LogProbKeywords(TypedDict, total=False):
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
         logit_scale: float | Tensor | None
         softcap: float | None
         ignore_index: int | None
+        class_group: Any
         options: LinearLossOptions | None
         backend: str
 
@@ -129,6 +133,7 @@ def linear_cross_entropy(
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
     lse_square_scale: float = 0.0,
+    class_group: Any = None,
     options: Any = None,
     backend: str = "auto",
     outputs: Collection[str] = (),
@@ -156,6 +161,9 @@ def linear_cross_entropy(
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         lse_square_scale: factor of the squared logsumexp over all classes (the "z-loss" of
             language models); class weights leave it alone. Default: ``0.0``.
+        class_group: process group whose ranks hold consecutive classes, in w and b, and the same
+            input and target (ids of all classes); the loss, and dx, are those of all classes on
+            every rank. A DTensor w sharded by class names its group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
         outputs: further results of the same pass, among ``logsumexp``, ``log_prob``, ``entropy``
@@ -193,16 +201,24 @@ def linear_cross_entropy(
                               outputs or None),
         )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
-    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
+    v = head.w.shape[0] if shards is None else sum(shards.counts)
+    if shards is not None and (weight is not None or target.is_floating_point()):
+        raise ValueError(
+            "class_group takes class ids and no weight, which no rank has of all classes; pass "
+            "sample_weight=weight[target]"
+        )
     if _differentiates(target):
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
             lse_square_scale, outputs,
         )  # fmt: skip
     task = _Task.build(
-        target, head.lead, head.w.shape[0], head, weight, sample_weight, ignore_index,
+        target, head.lead, v, head, weight, sample_weight, ignore_index,
         label_smoothing, lse_square_scale, outputs,
     )  # fmt: skip
+    if shards is not None:
+        check_target(task.ids, v)
     chosen = backends.select(backend, head.x.device, head.x.dtype).name
     diff = (head.x, head.w, head.b, head.scale)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in diff)
@@ -211,13 +227,18 @@ def linear_cross_entropy(
         and not set(outputs) & {"logsumexp", "log_prob", "entropy"}
         and not any(t is not None and t.requires_grad for t in task.terms)
     )
-    rows = planned_rows(head, opts) if wants and single else None
+    classes = None if shards is None else max(shards.counts)
+    rows = planned_rows(head, opts, classes) if wants and single else None
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(
             "schedule='one_sweep' needs reduction 'mean' or 'sum', no differentiable outputs and "
             "weights without gradient; use schedule='auto'"
         )
-    if rows is not None:
+    if shards is not None and rows is not None and not {"argmax", "correct"} & set(outputs):
+        total = _one_sweep_of_shards(head, shards, task, opts, chosen)
+        loss = total if reduction == "sum" else total / task.divisor
+        return task.finish(loss, None, None, outputs)
+    if shards is None and rows is not None:
         total, argmax, *_ = apply(
             LinearCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,
             head.softcap, list(task.names), [t is not None and t.requires_grad for t in diff],
@@ -225,8 +246,27 @@ def linear_cross_entropy(
         )  # fmt: skip
         loss = total if reduction == "sum" else total / task.divisor
         return task.finish(loss, None, argmax, outputs)
-    stats = head_statistics(head, task.ids, task.names, task.class_vector, task.teacher, chosen)
+    spec = (task.ids, task.names, task.class_vector, task.teacher)
+    stats = statistics_of_all(head, shards, *spec, chosen)
     return task.reduce(stats, reduction, outputs)
+
+
+def _one_sweep_of_shards(
+    head: HeadInputs, shards: Shards, task: _Task, options: LinearLossOptions, backend: str
+) -> Tensor:
+    """Σ of the losses in one sweep; the ranks meet once per chunk of rows."""
+    assert task.ids is not None
+
+    def losses(values: Sequence[Tensor], rows: slice | Tensor, _: Sequence[Tensor]) -> Tensor:
+        named = dict(zip(statistic_outputs(task.names), values, strict=True))
+        stats = RowStatistics(named, head.w.shape[0])
+        stats = stats.all_reduce(shards.group, num_classes=shards.counts)
+        return task.losses(stats, rows)
+
+    return swept_losses(
+        head, local_ids(task.ids, shards), task.names, losses, reduced=True, options=options,
+        backend=backend, counted=task.ids, num_classes=max(shards.counts),
+    )  # fmt: skip
 
 
 @overload
@@ -392,17 +432,24 @@ class _Task(NamedTuple):
         argmax = None
         if "argmax" in values:
             argmax = overall_argmax(values, self.ids)
+        losses = self.losses(stats)
         if self.ids is not None:
-            active = self.ids[:, 0] >= 0
-            values["target"] = torch.where(active, values["target"].squeeze(1), 0.0)
-            # Every statistic: a NaN weight of an ignored row must not reach a coefficient either.
-            single = RowStatistics({n: t if n in INDEX_OUTPUTS else torch.where(active, t, 0.0)
-                                    for n, t in values.items()}, stats.num_classes)  # fmt: skip
-            losses = torch.where(active, cross_entropy_losses(single, self.terms), 0.0)
-        else:
-            losses = cross_entropy_losses(RowStatistics(values, stats.num_classes), self.terms)
+            values["target"] = torch.where(self.ids[:, 0] >= 0, values["target"].squeeze(1), 0.0)
         loss = reduced(losses, self.divisor, reduction, self.lead)
         return self.finish(loss, RowStatistics(values, stats.num_classes), argmax, outputs)
+
+    def losses(self, stats: RowStatistics, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Losses of some rows from their differentiable statistics, 0 where ignored."""
+        terms = self.terms.rows(rows)
+        if self.ids is None:
+            return cross_entropy_losses(stats, terms)
+        active = self.ids[rows, 0] >= 0
+        values = {**stats.values, "target": stats.values["target"].squeeze(1)}
+        # Every statistic: a NaN weight of an ignored row must not reach a coefficient either.
+        single = {n: t if n in INDEX_OUTPUTS else torch.where(active, t, 0.0)
+                  for n, t in values.items()}  # fmt: skip
+        found = cross_entropy_losses(RowStatistics(single, stats.num_classes), terms)
+        return torch.where(active, found, 0.0)
 
     def finish(
         self,
@@ -575,6 +622,7 @@ def linear_log_prob(
     softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int | None = None,
+    class_group: Any = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -593,6 +641,7 @@ def linear_log_prob(
         entropy: also return the entropy in nats. Default: ``False``.
         ignore_index: target id of ignored rows, whose results are 0; None means -100.
             Default: ``None``.
+        class_group: as in `linear_cross_entropy`. Default: ``None``.
         options: how it is computed. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
 
@@ -612,11 +661,14 @@ def linear_log_prob(
         torch.Size([4])
     """
     names = ("lse", "target", "entropy") if entropy else ("lse", "target")
-    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
     check_two_sweeps(head, options)
-    ids = class_ids(target, head.lead, linear_weight.shape[0], ignore_index)
+    v = head.w.shape[0] if shards is None else sum(shards.counts)
+    ids = class_ids(target, head.lead, v, ignore_index)
     check_devices(head.x, target=target)
-    stats = head_statistics(head, ids, canonical(names), None, None, backend)
+    if shards is not None:
+        check_target(ids, v)
+    stats = statistics_of_all(head, shards, ids, canonical(names), None, None, backend)
     active = ids[:, 0] >= 0
     values = {n: t if n == "shift" else torch.where(active, t.reshape(active.shape), 0.0)
               for n, t in stats.values.items()}  # fmt: skip

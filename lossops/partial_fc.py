@@ -91,7 +91,7 @@ class PartialFC(nn.Module):
         >>> optimizer = lossops.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
         >>> x, y = torch.randn(8, 16), torch.randint(10_000, (8,))
         >>> head(x, y).backward()
-        >>> head.weight.grad.values().shape
+        >>> head.weight.grad.coalesce().values().shape
         torch.Size([1000, 16])
         >>> optimizer.step()
         >>> head.topk(x, 5).indices.shape

@@ -222,7 +222,15 @@ def negative_sampling_loss(
     linear_weight: Tensor,
     target: Tensor,
     sampler: Sampler | SampledClasses,
-    **keywords: Any,
+    *,
+    linear_bias: Tensor | None = None,
+    remove_accidental_hits: bool = False,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None,
+    sparse: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """Negative sampling of word2vec: `nce_loss` with logits as they are.
 
@@ -233,7 +241,14 @@ def negative_sampling_loss(
         linear_weight: w, (V, D), on any device.
         target: class ids (...), or (..., K) padded with -1, int64.
         sampler: as in `sampled_softmax_loss`.
-        keywords: those of `nce_loss` but ``subtract_log_q``.
+        linear_bias: b, (V,). Default: ``None``.
+        remove_accidental_hits: as in `nce_loss`. Default: ``False``.
+        sample_weight: row weights, (...). Default: ``None``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
+        ignore_index: target id of ignored rows; None means -100. Default: ``None``.
+        logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
+        sparse: as in `sampled_softmax_loss`. Default: ``True``.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -248,9 +263,12 @@ def negative_sampling_loss(
         >>> y = torch.tensor([3, 1, 4, 1])
         >>> lossops.negative_sampling_loss(x, w, y, sampler.per_row(y)).backward()
     """
-    if "subtract_log_q" in keywords:
-        raise TypeError("negative_sampling_loss takes logits as they are; use nce_loss")
-    return nce_loss(input, linear_weight, target, sampler, subtract_log_q=False, **keywords)
+    return nce_loss(
+        input, linear_weight, target, sampler, linear_bias=linear_bias, subtract_log_q=False,
+        remove_accidental_hits=remove_accidental_hits, sample_weight=sample_weight,
+        reduction=reduction, ignore_index=ignore_index, logit_scale=logit_scale, sparse=sparse,
+        backend=backend,
+    )  # fmt: skip
 
 
 class _Call(NamedTuple):

@@ -36,6 +36,21 @@ class Shards:
         return self.first + self.count
 
 
+def group_rank(group: Any) -> int:
+    """This process's rank in the group; a ValueError where there is none."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            "class_group needs an initialised process group; call "
+            "torch.distributed.init_process_group first, or leave class_group=None"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("class_group must be a group this process belongs to")
+    return rank
+
+
 def shards_of(num_classes: int, group: Any) -> Shards:
     """Ranges of ceil(V / R) classes, the last ones shorter, as torch.chunk and DTensor have them.
 
@@ -46,14 +61,7 @@ def shards_of(num_classes: int, group: Any) -> Shards:
         return Shards(None, 0, [num_classes])
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            "class_group needs an initialised process group; call "
-            "torch.distributed.init_process_group first, or leave class_group=None"
-        )
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError("class_group must be a group this process belongs to")
+    rank, size = group_rank(group), dist.get_world_size(group)
     share = -(-num_classes // size)
     counts = [max(0, min(share, num_classes - r * share)) for r in range(size)]
     if not counts[-1]:

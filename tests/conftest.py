@@ -6,11 +6,17 @@ tolerance somebody liked.
 
 from __future__ import annotations
 
+import multiprocessing
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from torch import Tensor
@@ -170,3 +176,36 @@ def assert_no_worse(
         f"{name}: error {float(error.max()):.3e} > {slack} x {worst_plain:.3e} + {floor:.1e} "
         f"at {at}: ours {ours[at]:.9g}, plain {plain[at]:.9g}, float64 {oracle[at]:.9g}"
     )
+
+
+TIMEOUT = 60  # seconds, for a group of processes and for each of its exchanges
+PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel.distributed", "pytest", "lossops"]
+
+
+def from_ranks(work: Callable[..., dict[str, Any]], rows: list[int]) -> list[dict[str, Any]]:
+    """What ``work(rank, rows)`` returns on each rank of a gloo group, a rank per entry of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A clean process that has imported torch once, and forks: ten imports would take a minute.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        context = mp.start_processes(
+            _rank, (work, rows, folder), len(rows), join=False, start_method="forkserver"
+        )
+        assert context is not None
+        ended = context.join(timeout=TIMEOUT)
+        while not ended and any(p.is_alive() for p in context.processes):
+            ended = context.join(timeout=TIMEOUT)
+            if not ended and all(p.is_alive() for p in context.processes):
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"{len(rows)} processes did not end within {2 * TIMEOUT} s")
+        return [torch.load(Path(folder, f"{r}.pt")) for r in range(len(rows))]
+
+
+def _rank(rank: int, work: Callable[..., dict[str, Any]], rows: list[int], folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", len(rows))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=len(rows), timeout=timedelta(seconds=TIMEOUT)
+    )
+    torch.save(work(rank, rows), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -5,25 +5,19 @@ One group of processes per world size runs every case, on loopback through gloo.
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import from_ranks
 from torch import Tensor, nn
 
 import lossops
 from lossops import ArcFace, CosFace, PartialFC, optim
 from lossops.samplers import sample_keeping
 
-PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel.distributed", "pytest", "lossops"]
-TIMEOUT = 60  # seconds, for a group and for each of its exchanges
 V, D = 13, 5  # 13, 7 + 6, 5 + 5 + 3 and 4 + 4 + 4 + 1 classes
 ROWS = {1: [6], 2: [4, 7], 3: [3, 0, 5], 4: [2, 5, 1, 3]}
 MARGINS = {
@@ -98,12 +92,80 @@ def train(head: PartialFC, x: Tensor, y: Tensor, ddp: bool) -> list[Tensor]:
     return [body.weight.detach(), head.weight.detach()]
 
 
-def work(rank: int, rows: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", len(rows))
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=len(rows), timeout=timedelta(seconds=TIMEOUT)
-    )
+# Any split of the classes: even, one class on a rank, most of them on another.
+SPLITS = {1: [V], 2: [4, 9], 3: [5, 1, 7], 4: [2, 3, 1, 7]}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum", "softcap": 3.0},
+    "rows": {"reduction": "none", "lse_square_scale": 0.1},
+    "smoothing": {"label_smoothing": 0.2, "lse_square_scale": 0.1},
+    "outputs": {"outputs": ("logsumexp", "log_prob", "entropy", "argmax", "correct")},
+    "two sweeps": {"options": lossops.LinearLossOptions(schedule="two_sweeps")},
+    "chunks": {"options": lossops.LinearLossOptions(chunk_rows=2)},
+}
+
+
+def vocabulary(
+    name: str, x: Tensor, w: Tensor, y: Tensor, part: slice, group: Any = None
+) -> list[Tensor]:
+    """linear_cross_entropy of all classes from some of them: results and gradients."""
+    b = torch.linspace(-1, 1, V, dtype=w.dtype)
+    leaves = [x, w[part], b[part], torch.tensor(1.3, dtype=w.dtype)]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    weights = torch.linspace(0.5, 2.0, len(x), dtype=x.dtype)
+    found = lossops.linear_cross_entropy(
+        leaves[0], leaves[1], y, linear_bias=leaves[2], logit_scale=leaves[3],
+        sample_weight=weights, class_group=group, **HEADS[name],
+    )  # fmt: skip
+    values = [t for t in found if t is not None] if isinstance(found, tuple) else [found]
+    smooth = [t for t in values if t.requires_grad]
+    total = sum((t * torch.linspace(1, 2, t.numel()).reshape(t.shape)).sum() for t in smooth)
+    return [*(t.detach() for t in values), *torch.autograd.grad(total, leaves)]
+
+
+def log_probabilities(x: Tensor, w: Tensor, y: Tensor, group: Any = None) -> list[Tensor]:
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    found = lossops.linear_log_prob(x, w, y, entropy=True, class_group=group)
+    (found[0] + 0.3 * found[1]).sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    return [*(t.detach() for t in found), x.grad, w.grad]
+
+
+def dtensors(x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
+    """The same with w, and x, as DTensors; what other layouts say."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    leaves = [distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(w, mesh, [Shard(0)])]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    loss = lossops.linear_cross_entropy(*leaves, y)
+    loss.backward()
+    for layout in (Shard(1), Replicate()):
+        with pytest.raises(ValueError, match="must be sharded by class over a mesh of one dim"):
+            lossops.linear_cross_entropy(x, distribute_tensor(w, mesh, [layout]), y)
+    with pytest.raises(ValueError, match="input as a DTensor must be replicated"):
+        lossops.linear_cross_entropy(distribute_tensor(x, mesh, [Shard(1)]), leaves[1], y)
+    return [loss.detach(), *(t.grad.full_tensor() for t in leaves)]  # type: ignore[union-attr]
+
+
+def unfit(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[str]:
+    """What each rank raises where the last one's weight does not fit, or nobody's does."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    raised = []
+    for call in (
+        lambda: lossops.linear_cross_entropy(x, w[:, 1:] if last else w, y, class_group=group),
+        lambda: lossops.linear_cross_entropy(x, w, y, class_group=group, weight=torch.ones(V)),
+        lambda: lossops.linear_cross_entropy(x, w, y + 99, class_group=group),
+    ):
+        try:
+            call()
+        except (IndexError, ValueError, RuntimeError) as error:
+            raised.append(type(error).__name__)
+    return raised
+
+
+def work(rank: int, rows: list[int]) -> dict[str, Any]:
     group = dist.group.WORLD
     x, w, y = batch(rows)
     part = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
@@ -123,28 +185,21 @@ def work(rank: int, rows: list[int], folder: str) -> None:
     learned(x[part], y[part]).backward()
     assert learned.log_scale is not None
     found["scale"] = learned.log_scale.grad
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    split = SPLITS[len(rows)]
+    mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    for name in HEADS:
+        found[f"head-{name}"] = vocabulary(name, x, w, y, mine, group)
+    found["log_prob"] = log_probabilities(x, w[mine], y, group)
+    found["dtensor"] = dtensors(x, w, y)
+    found["unfit"] = unfit(w[mine], x, y, group)
+    return found
 
 
 @pytest.fixture(scope="module", params=ROWS, ids="world{}".format)
 def world(request: pytest.FixtureRequest) -> tuple[list[int], list[dict[str, Any]]]:
     """Rows of each rank, and what each rank found."""
     rows = ROWS[request.param]
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-        context = mp.start_processes(
-            work, (rows, folder), len(rows), join=False, start_method="forkserver"
-        )
-        assert context is not None
-        ended = context.join(timeout=TIMEOUT)
-        while not ended and any(p.is_alive() for p in context.processes):
-            ended = context.join(timeout=TIMEOUT)
-            if not ended and all(p.is_alive() for p in context.processes):
-                for process in context.processes:
-                    process.kill()
-                pytest.fail(f"{len(rows)} processes did not end within {2 * TIMEOUT} s")
-        return rows, [torch.load(Path(folder, f"{r}.pt")) for r in range(len(rows))]
+    return rows, from_ranks(work, rows)
 
 
 World = tuple[list[int], list[dict[str, Any]]]
@@ -234,3 +289,49 @@ def test_a_learned_scale_has_its_gradient_on_every_rank(world: World) -> None:
     assert head.log_scale is not None
     for rank in ranks:
         torch.testing.assert_close(rank["scale"], head.log_scale.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_vocabulary_over_ranks_is_whole(world: World, name: str) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    *values, dx, dw, db, dscale = vocabulary(name, x, w, y, slice(None))
+    found = [rank[f"head-{name}"] for rank in ranks]
+    for *others, dx_rank, _, _, dscale_rank in found:
+        for other, value in zip(others, values, strict=True):
+            torch.testing.assert_close(other, value)
+        for other, own in zip(others, found[0], strict=False):
+            assert torch.equal(other, own), "every rank has the same bits"
+        torch.testing.assert_close(dx_rank, dx, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(dscale_rank, dscale, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([f[-3] for f in found]), dw, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([f[-2] for f in found]), db, rtol=1e-9, atol=1e-12)
+
+
+def test_log_probabilities_over_ranks(world: World) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    *values, dw = log_probabilities(x, w, y)
+    for rank in ranks:
+        for found, value in zip(rank["log_prob"][:3], values, strict=True):
+            torch.testing.assert_close(found, value)
+    torch.testing.assert_close(torch.cat([rank["log_prob"][3] for rank in ranks]), dw)
+
+
+def test_dtensors_sharded_by_class(world: World) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    loss = lossops.linear_cross_entropy(x, w, y)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (x, w))]
+    for rank in ranks:
+        for found, value in zip(rank["dtensor"], expected, strict=True):
+            torch.testing.assert_close(found, value)
+
+
+def test_arguments_that_do_not_fit_all_ranks(world: World) -> None:
+    _, ranks = world
+    rest = ["ValueError", "IndexError"]
+    for rank in ranks[:-1]:
+        assert rank["unfit"] == ["RuntimeError", *rest]
+    assert ranks[-1]["unfit"] == ["ValueError", *rest]

@@ -6,25 +6,19 @@ what they return against one process with the whole batch.
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import from_ranks
 from torch import Tensor, nn
 
 import lossops
 from lossops import distributed
 
-PRELOADED = ["torch", "torch._dynamo", "torch.nn.parallel.distributed", "pytest", "lossops"]
-TIMEOUT = 60  # seconds, for a group and for each of its exchanges
 D = 6
 # Rows (and columns) of each rank: one rank; even; ragged; one with nothing, as a last batch has.
 WORLDS = {1: [5], 2: [4, 7], 3: [3, 3, 3], 4: [2, 5, 0, 3]}
@@ -162,13 +156,8 @@ def strangers(rows: int, x: Tensor, w: Tensor, group: Any) -> list[float]:
     return [*found, overflow.item()]
 
 
-def work(rank: int, rows: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
+def work(rank: int, rows: list[int]) -> dict[str, Any]:
     distributed.PIECE = 2  # several pieces, the last one ragged
-    store = dist.FileStore(f"{folder}/store", len(rows))
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=len(rows), timeout=timedelta(seconds=TIMEOUT)
-    )
     x, w = batch(rows)
     part = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
     found: dict[str, Any] = {}
@@ -186,29 +175,14 @@ def work(rank: int, rows: list[int], folder: str) -> None:
     found["bf16"] = [loss.detach(), *(t.grad for t in halves)]
     found["refused"] = refused(rank, x[part], w[part], group)
     found["strangers"] = strangers(rows[rank], x[part], w[part], group)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids="world{}".format)
 def world(request: pytest.FixtureRequest) -> tuple[list[int], list[dict[str, Any]]]:
     """Rows of each rank, and what each rank found."""
     rows = WORLDS[request.param]
-    with tempfile.TemporaryDirectory() as folder:
-        # A clean process that has imported torch once, and forks: ten imports would take a minute.
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-        context = mp.start_processes(
-            work, (rows, folder), len(rows), join=False, start_method="forkserver"
-        )
-        assert context is not None
-        ended = context.join(timeout=TIMEOUT)
-        while not ended and any(p.is_alive() for p in context.processes):
-            ended = context.join(timeout=TIMEOUT)
-            if not ended and all(p.is_alive() for p in context.processes):
-                for process in context.processes:
-                    process.kill()
-                pytest.fail(f"{len(rows)} processes did not end within {2 * TIMEOUT} s")
-        return rows, [torch.load(Path(folder, f"{r}.pt")) for r in range(len(rows))]
+    return rows, from_ranks(work, rows)
 
 
 @pytest.mark.parametrize("name", CASES)

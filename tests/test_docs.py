@@ -24,8 +24,10 @@ import lossops
 from lossops import backends, statistics, switches
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLIC = {name: getattr(lossops, name) for name in lossops.__all__ if name != "optim"}
-PUBLIC |= {f"optim.{name}": getattr(lossops.optim, name) for name in lossops.optim.__all__}
+PUBLIC = {name: getattr(lossops, name) for name in lossops.__all__}
+for _name in ("optim", "samplers"):
+    _room = PUBLIC.pop(_name)
+    PUBLIC |= {f"{_name}.{name}": getattr(_room, name) for name in _room.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Note", "Example", "Reference")
 EVERY_PUBLIC = pytest.mark.parametrize("name", PUBLIC)
@@ -242,6 +244,7 @@ def runs(function, backend):
         "linear_statistics": lambda: lossops.linear_statistics(x, w, y, backend=backend).log_p,
     }
     several = ("asymmetric", "binary", "cosine")
+    sampler = lossops.samplers.Uniform(5, 3)
     options = {"backend": backend}
     if "taylor" in function or "spherical" in function:
         if function.endswith("spherical_loss"):
@@ -254,6 +257,8 @@ def runs(function, backend):
         calls[function] = lambda: FUNCTIONS[function](x, w, 10.0, **options)
     elif any(word in function for word in several):
         calls[function] = lambda: FUNCTIONS[function](x, w, y.unsqueeze(1), **options)
+    if "sampl" in function or function == "nce_loss":
+        calls[function] = lambda: FUNCTIONS[function](x, w, y, sampler, **options)
     call = calls.get(function, lambda: FUNCTIONS[function](x, w, y, **options))
     try:
         call().sum().backward()

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from lossops_bench import partial_fc
 from lossops_bench.cli import build_app
 from lossops_bench.contenders import (
     CONTENDERS,
@@ -26,6 +27,8 @@ from lossops_bench.contenders import (
 )
 from lossops_bench.heads import LEAST_STEPS, RIVALS, ROUNDS, Work, head_rows, measure_heads
 from lossops_bench.inputs import log_uniform
+from lossops_bench.partial_fc import TRAINERS, measure_steps
+from lossops_bench.partial_fc import Work as StepWork
 from lossops_bench.race import HEADS, parse_entry
 from lossops_bench.race_report import race_table, write_curves
 from lossops_bench.race_train import KS, RaceOptions, race, start
@@ -247,3 +250,44 @@ def test_bad_arguments_end_with_a_sentence(arguments: list[str]):
     result = CliRunner().invoke(build_app(), arguments)
     assert result.exit_code == 2
     assert "got" in result.output
+
+
+# A training step over very many classes
+
+
+def test_partial_fc_says_what_a_step_costs(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    line = ["partial-fc", "--classes", "300", "--dim", "8", "--batch", "6", "--repeats", "2"]
+    result = CliRunner().invoke(build_app(), [*line, "--json", str(file), "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    found = [json.loads(text) for text in file.read_text().splitlines()]
+    assert [row["rival"] for row in found] == list(TRAINERS)
+    for row in found:
+        assert row["status"] == "ok", row["reason"]
+        assert len(row["rounds"]) == 2
+        assert row["extra_bytes"] >= 0
+        assert row["rival"] in result.output
+
+
+def test_partial_fc_does_not_start_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_fc, "free_bytes", lambda device: 1000)
+    (found,) = measure_steps(["lossops"], StepWork(300, 8, 0.1, 6, 1, 1), memory=False)
+    assert found.status == "skipped"
+    assert "GB are free" in found.reason
+
+
+def test_partial_fc_rivals_compute_the_same_loss() -> None:
+    work = StepWork(classes=50, dim=8, rate=1.0, batch=6, rounds=1, threads=1)
+    losses = {name: [TRAINERS[name](work).step()] for name in TRAINERS}
+    trainers = {name: TRAINERS[name](work) for name in TRAINERS}
+    for _ in range(4):
+        for name, trainer in trainers.items():
+            losses[name].append(trainer.step())
+    for name in TRAINERS:
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-4), name
+
+
+def test_partial_fc_knows_its_rivals() -> None:
+    result = CliRunner().invoke(build_app(), ["partial-fc", "--rivals", "lossops,other"])
+    assert result.exit_code == 2
+    assert "other" in result.output

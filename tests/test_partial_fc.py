@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DTYPES, assert_no_worse
 from torch import Tensor, nn
 
 import lossops
 from lossops import ArcFace, CombinedMargin, CosFace, PartialFC, optim
 from lossops.rows import select_normalized_rows
-from tests.conftest import DTYPES, assert_no_worse
 
 N, V, D = 9, 29, 6
 MARGINS = {

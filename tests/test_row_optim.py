@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DTYPES, make_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 import lossops
 from lossops import backends, optim, reference_rows, row_optim, rows
 from lossops.row_optim import StepProducts
-from tests.conftest import DTYPES, make_inputs
 
 V, D = 23, 5
 
