@@ -1,6 +1,7 @@
 """lossops: fused large-output losses. A loss is a small function of row statistics."""
 
 from lossops import optim, samplers
+from lossops.checkpoint import ShardedState
 from lossops.cross_entropy import (
     CrossEntropyOutput,
     cross_entropy,
@@ -59,6 +60,7 @@ __all__ = [
     "PartialFC",
     "RowStatistics",
     "SampledClasses",
+    "ShardedState",
     "SigmoidPairwiseLoss",
     "SoftmaxPairwiseLoss",
     "cross_entropy",

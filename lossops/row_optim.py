@@ -91,9 +91,7 @@ class RowSGD(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             ids, rows = touched_rows(p)
-            state = self.state[p]
-            if group["momentum"] and "momentum_buffer" not in state:
-                state["momentum_buffer"] = _zeros_like(p, self._state_dir, f"{number}.momentum")
+            state = self._state(number, group, p)
             if group["skipped"] == "exact":
                 self._advance(p, ids)
             primitives(p).sgd_rows(
@@ -121,16 +119,39 @@ class RowSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's."""
-        steps = {n: state.get("steps") for n, state in state_dict["state"].items()}
+        steps = {n: s["steps"] for n, s in state_dict["state"].items() if "steps" in s}
         rest = {n: {k: t for k, t in state.items() if k != "steps"}
                 for n, state in state_dict["state"].items()}  # fmt: skip
         super().load_state_dict({**state_dict, "state": rest})
         _restore_integers(self, rest)
-        self._products.clear()
         for number, _, p in _parameters(self):
-            if steps.get(number) is not None:
-                self._products[p] = StepProducts(steps[number])
+            self.set_steps(p, steps.get(number, torch.zeros(0, 2, 2)))
         self._follow()
+
+    def row_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of ``p`` that has a row for each of its rows, made where there is none yet."""
+        return self._state(*_place(self, p), p)
+
+    def steps(self, p: Tensor) -> Tensor:
+        """M of each step that rows of ``p`` may have missed, (T, 2, 2) float64."""
+        products: StepProducts | None = self._products.get(p)
+        if products is not None:
+            return products.steps
+        return torch.zeros(0, 2, 2, dtype=torch.float64)
+
+    def set_steps(self, p: Tensor, steps: Tensor) -> None:
+        """What `steps` returned."""
+        self._products.pop(p, None)
+        if len(steps):
+            self._products[p] = StepProducts(steps)
+
+    def _state(self, number: int, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = _zeros_like(p, self._state_dir, f"{number}.momentum")
+        if group["skipped"] == "exact" and "known" not in state:
+            state["known"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
+        return state
 
     def _follow(self) -> None:
         for _, group, p in _parameters(self):
@@ -141,8 +162,6 @@ class RowSGD(torch.optim.Optimizer):
         """Note what this step does to rows without a gradient, and who had one."""
         if p not in self._products:
             self._products[p] = StepProducts()
-            known = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
-            self.state[p]["known"] = known
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         self._products[p].append([[1 - lr * decay, -lr * mu], [decay, mu]])
         self.state[p]["known"][ids] = len(self._products[p])
@@ -226,17 +245,25 @@ class RowAdamW(torch.optim.Optimizer):
         for number, group, p in _parameters(self):
             if p.grad is None:
                 continue
-            state = self.state[p]
-            if not state:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = _zeros_like(p, self._state_dir, f"{number}.{name}")
-                state["count"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
+            state = self._state(number, p)
             ids, rows = touched_rows(p)
             primitives(p).adamw_rows(
                 p, state["exp_avg"], state["exp_avg_sq"], state["count"], ids, rows,
                 float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
             )  # fmt: skip
         return loss
+
+    def row_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of ``p`` that has a row for each of its rows, made where there is none yet."""
+        return self._state(_place(self, p)[0], p)
+
+    def _state(self, number: int, p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = _zeros_like(p, self._state_dir, f"{number}.{name}")
+            state["count"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's."""
@@ -373,6 +400,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, dict[str, A
     """Number, group and parameter, as state_dict numbers them."""
     pairs = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     return [(number, group, p) for number, (group, p) in enumerate(pairs)]
+
+
+def _place(optimizer: torch.optim.Optimizer, p: Tensor) -> tuple[int, dict[str, Any]]:
+    """Number and group of a parameter."""
+    for number, group, q in _parameters(optimizer):
+        if q is p:
+            return number, group
+    raise ValueError("p must be one of the optimizer's parameters, got another tensor")
 
 
 def _evaluated(closure: Callable[[], Any] | None) -> Any:

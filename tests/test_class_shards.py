@@ -5,11 +5,17 @@ One group of processes per world size runs every case, on loopback through gloo.
 
 from __future__ import annotations
 
+import os
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import from_ranks
 from torch import Tensor, nn
@@ -165,6 +171,51 @@ def unfit(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[str]:
     return raised
 
 
+def checkpointed(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
+    """Trained on all ranks, saved, loaded on one rank less, and gone on with there and here."""
+    import torch.distributed.checkpoint as dcp
+
+    size = dist.get_world_size()
+    paths = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(paths)
+
+    def make_pair(group: Any, weight: Tensor) -> tuple[PartialFC, optim.RowSGD]:
+        head = make(weight, group, sample_rate=0.4, seed=3)
+        return head, optim.RowSGD(head.parameters(), 0.3, 0.9, 0.01, "exact")
+
+    def go(head: PartialFC, optimizer: optim.RowSGD, steps: int) -> list[Tensor]:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            head(x, y).backward()
+            optimizer.step()
+        state = optimizer.row_state(head.weight)
+        return [t.detach().clone() for t in (head.weight, *state.values())]
+
+    head, optimizer = make_pair(group, w)
+    saved = go(head, optimizer, 5)
+    # DCP itself complains of nothing but a warning where there is one rank.
+    dcp.save({"head": lossops.ShardedState(head, optimizer)}, checkpoint_id=paths[0])
+    here = go(head, optimizer, 3)
+    again, other = make_pair(group, torch.zeros_like(w))
+    dcp.load({"head": lossops.ShardedState(again, other)}, checkpoint_id=paths[0])
+    assert all(torch.equal(a, b) for a, b in zip(go(again, other, 3), here, strict=True))
+    fewer = dist.new_group(list(range(max(1, size - 1))))
+    loaded = None
+    if rank < max(1, size - 1):
+        third, last = make_pair(fewer, torch.zeros_like(w))
+        dcp.load(
+            {"head": lossops.ShardedState(third, last)}, checkpoint_id=paths[0],
+            process_group=fewer,
+        )  # fmt: skip
+        assert third.step == 5
+        state = last.row_state(third.weight)
+        loaded = [t.detach().clone() for t in (third.weight, *state.values())]
+        assert torch.equal(last.steps(third.weight), optimizer.steps(head.weight)[:5])
+        assert all(t.isfinite().all() for t in go(third, last, 2))
+    dist.barrier()
+    return saved, loaded
+
+
 def work(rank: int, rows: list[int]) -> dict[str, Any]:
     group = dist.group.WORLD
     x, w, y = batch(rows)
@@ -191,6 +242,7 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
         found[f"head-{name}"] = vocabulary(name, x, w, y, mine, group)
     found["log_prob"] = log_probabilities(x, w[mine], y, group)
     found["dtensor"] = dtensors(x, w, y)
+    found["checkpoint"] = checkpointed(rank, w, x[part], y[part], group)
     found["unfit"] = unfit(w[mine], x, y, group)
     return found
 
@@ -335,3 +387,46 @@ def test_arguments_that_do_not_fit_all_ranks(world: World) -> None:
     for rank in ranks[:-1]:
         assert rank["unfit"] == ["RuntimeError", *rest]
     assert ranks[-1]["unfit"] == ["ValueError", *rest]
+
+
+def test_a_checkpoint_loads_on_another_number_of_ranks(world: World) -> None:
+    _, ranks = world
+    saved = zip(*(rank["checkpoint"][0] for rank in ranks), strict=True)
+    loaded = zip(
+        *(r["checkpoint"][1] for r in ranks if r["checkpoint"][1] is not None), strict=True
+    )
+    for before, after in zip(saved, loaded, strict=True):
+        assert torch.equal(torch.cat(before), torch.cat(after))
+        assert len(torch.cat(after)) == V
+
+
+def dying(rank: int, folder: str) -> None:
+    """Rank 1 ends without a word; rank 0 notes what it is told."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=10)
+    )
+    x, w, y = batch([6])
+    head = make(w, dist.group.WORLD)
+    head(x, y).backward()
+    if rank == 1:
+        os._exit(0)
+    try:
+        head(x, y)
+    except RuntimeError as error:
+        Path(folder, "told").write_text(str(error), encoding="utf-8")
+    os._exit(0)
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    context = mp.start_processes(dying, (str(tmp_path),), 2, join=False, start_method="forkserver")
+    assert context is not None
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline and any(p.is_alive() for p in context.processes):
+        time.sleep(0.1)
+    alive = [p for p in context.processes if p.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive, "a rank waited for the dead one past its timeout"
+    assert (tmp_path / "told").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ from lossops_bench.contenders import (
     Head,
 )
 from lossops_bench.heads import LEAST_STEPS, RIVALS, ROUNDS, Work, head_rows, measure_heads
+from lossops_bench.identities import Identities, Run, train
+from lossops_bench.identities import Options as IdentityOptions
 from lossops_bench.inputs import log_uniform
 from lossops_bench.partial_fc import TRAINERS, measure_steps
 from lossops_bench.partial_fc import Work as StepWork
@@ -291,3 +294,52 @@ def test_partial_fc_knows_its_rivals() -> None:
     result = CliRunner().invoke(build_app(), ["partial-fc", "--rivals", "lossops,other"])
     assert result.exit_code == 2
     assert "other" in result.output
+
+
+# An identity classifier with Partial FC
+
+FEW = IdentityOptions(classes=40, dim=8, latent=6, noise=0.2, batch=16, steps=60, scale=16.0)
+
+
+def test_identities_writes_a_picture_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    line = ["identities", "--classes", "40", "--dim", "8", "--batch", "8", "--steps", "20"]
+    result = CliRunner().invoke(build_app(), [*line, "--rates", "1,0.5", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "identities.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(2 * n) for n in range(1, 11)] * 2
+    assert (tmp_path / "identities.png").stat().st_size > 10_000
+    written = (tmp_path / "rate-0.5.pt").stat().st_mtime_ns
+    again = CliRunner().invoke(build_app(), [*line, "--rates", "0.5", "--out", str(tmp_path)])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "rate-0.5.pt").stat().st_mtime_ns == written, "there was nothing left to do"
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_identities_are_learnt_and_a_checkpoint_is_exact(rate: float, tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(run: Run) -> None:
+        if run.step == 45:
+            raise StopError
+
+    data = Identities(FEW)
+    whole, stopped, resumed = (Run(rate, FEW) for _ in range(3))
+    train(whole, data)
+    assert whole.points[-1][2] > 10 / FEW.classes
+    with pytest.raises(StopError):
+        train(stopped, data, tmp_path / "run.pt", stop)
+    train(resumed, data, tmp_path / "run.pt")
+    assert resumed.step == FEW.steps
+    assert torch.equal(resumed.head.weight, whole.head.weight)
+    assert [p[2] for p in resumed.points] == [p[2] for p in whole.points]
+    other = Run(rate, replace(FEW, seed=1))
+    other.resume(tmp_path / "run.pt")
+    assert other.step == 0, "a checkpoint of another task"
+
+
+def test_identities_refuses_rates_that_are_none() -> None:
+    for rates in ("0.1,2", "half"):
+        result = CliRunner().invoke(build_app(), ["identities", "--rates", rates])
+        assert result.exit_code == 2

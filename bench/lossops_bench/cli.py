@@ -44,6 +44,7 @@ def build_app() -> typer.Typer:
     """The commands; those that have a file of their own are imported from there."""
     from lossops_bench.demo import demo_command
     from lossops_bench.heads import heads_command
+    from lossops_bench.identities import identities_command
     from lossops_bench.partial_fc import partial_fc_command
     from lossops_bench.race import race_command
     from lossops_bench.ring import ring_command
@@ -59,6 +60,7 @@ def build_app() -> typer.Typer:
     app.command("run")(run_command)
     app.command("heads")(heads_command)
     app.command("partial-fc")(partial_fc_command)
+    app.command("identities")(identities_command)
     app.command("demo")(demo_command)
     app.command("race")(race_command)
     app.command("towers")(towers_command)

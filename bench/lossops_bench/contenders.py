@@ -24,6 +24,10 @@ CUTOFFS = (2000, 20_000, 200_000)
 """Where the clusters of `adaptive` begin: those of the example in its paper, arXiv 1609.04309."""
 
 
+SAMPLES = 4096
+"""Classes that `sampled` draws for a step, a quarter of all where these are few."""
+
+
 class Head(Protocol):
     """What every contender can do."""
 
@@ -58,6 +62,27 @@ class DenseHead(SGDHead):
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return self.linear_loss(x, self.linear.weight, y)
+
+    def top(self, x: Tensor, k: int) -> Tensor:
+        z: Tensor = self.linear(x)  # (N, V)
+        return z.topk(k).indices
+
+
+class SampledHead:
+    """A weight (V, D) of which a step reads and writes the rows of its sample and its targets."""
+
+    def __init__(self, dim: int, classes: int, lr: float) -> None:
+        self.linear = nn.Linear(dim, classes, bias=False)
+        samples = max(1, min(SAMPLES, classes // 4))
+        self.sampler = lossops.samplers.LogUniform(classes, samples)
+        self.sgd = lossops.optim.RowSGD(self.linear.parameters(), lr)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return lossops.sampled_softmax_loss(x, self.linear.weight, y, self.sampler)
+
+    def step(self) -> None:
+        self.sgd.step()
+        self.sgd.zero_grad()
 
     def top(self, x: Tensor, k: int) -> Tensor:
         z: Tensor = self.linear(x)  # (N, V)
@@ -159,6 +184,13 @@ _ALL = (
         AdaptiveHead,
         lr=3.0,
         held=0,
+        passing=0,
+    ),
+    Contender(
+        "sampled",
+        "lossops.sampled_softmax_loss, 4096 log-uniform classes, and lossops.optim.RowSGD",
+        SampledHead,
+        lr=3.0,
         passing=0,
     ),
     Contender(

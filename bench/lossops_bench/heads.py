@@ -36,7 +36,15 @@ from lossops_bench.shapes import Shape
 
 __all__ = ["heads_command", "measure_heads"]
 
-RIVALS = ("factored-z", "factored-mse", "softmax", "adaptive", "softmax-lossops", "gram-z")
+RIVALS = (
+    "factored-z",
+    "factored-mse",
+    "softmax",
+    "adaptive",
+    "sampled",
+    "softmax-lossops",
+    "gram-z",
+)
 ROUNDS = 5
 LEAST_STEPS = 3
 POOL = 16

@@ -24,7 +24,15 @@ from lossops_bench.race_train import Entry, RaceOptions, Runner, race
 
 __all__ = ["parse_entry", "race_command"]
 
-HEADS = ("factored-z", "factored-z-sharp", "softmax", "softmax-lossops", "adaptive", "gram-z")
+HEADS = (
+    "factored-z",
+    "factored-z-sharp",
+    "softmax",
+    "softmax-lossops",
+    "adaptive",
+    "sampled",
+    "gram-z",
+)
 
 
 def race_command(
