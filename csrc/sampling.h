@@ -1,7 +1,7 @@
 // Draws of class ids: the arithmetic of one draw, the same bits on every device.
 //
 // Only integers and IEEE sums and products of doubles, compiled without contraction; nothing of
-// libm. Letters as in lossops/reference_sampling.py, which computes the same draws in plain PyTorch:
+// libm. Letters as in lossops/reference_sampling.py, which makes the same draws in plain PyTorch:
 //
 //   word(key, t)   the t-th number of the stream `key` (SplitMix64)
 //   permuted       π_key(k): an unbalanced Feistel network of 6 rounds on 2^b >= V values, walked
@@ -69,7 +69,7 @@ struct Permutation {
 LOSSOPS_DRAW double power_of_two(double x) {
   const int64_t whole = static_cast<int64_t>(x);
   const double y = (x - static_cast<double>(whole)) - 0.5;  // both differences are exact
-  double p = 7.054911620801121e-09;                        // (ln 2)^k / k!, k = 10 ... 1
+  double p = 7.054911620801121e-09;                         // (ln 2)^k / k!, k = 10 ... 1
   p = p * y + 1.0178086009239696e-07;
   p = p * y + 1.3215486790144305e-06;
   p = p * y + 1.5252733804059838e-05;

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lossops import backends, reference
-from lossops.autograd import hand_out
+from lossops.autograd import apply, hand_out
 from lossops.inputs import HeadInputs
 from lossops.ops import check_target
 from lossops.schedules import Head, Needs, one_sweep, without_autocast
@@ -21,6 +22,7 @@ from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
 """Losses (R,) from statistics of some rows, which rows these are, and their row tensors."""
+Value = Callable[..., list[Tensor]]
 
 
 class LossSweep:
@@ -127,17 +129,55 @@ def _reaches_others(losses: Tensor, known: set[int], made_by: set[Any]) -> bool:
     return False
 
 
-def _through_reference(
-    value: Callable[..., list[Tensor]], inputs: Sequence[Any], sweep: LossSweep, g: Tensor
-) -> list[Any]:
-    """Gradients with a graph of their own, also of what F closes over and of row tensors."""
-    with without_autocast(g.device):
-        given = [*inputs, *sweep.parameters, *sweep.row_tensors]
+class ReferenceGradients(torch.autograd.Function):
+    """Gradients of one sweep with parameters or row tensors, differentiable again, by autograd.
+
+    All but the parameters, which F closes over, are cut off from what made them: features computed
+    from the weight must not count twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Value, sweep: LossSweep, g: Tensor, *tensors: Tensor | None
+    ) -> tuple[Any, ...]:
+        ctx.value, ctx.sweep = value, sweep
+        ctx.save_for_backward(g, *tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(_first(value, sweep, tensors, g, create_graph=False)[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        g, *tensors = ctx.saved_tensors
+        upstream = g.detach().requires_grad_()
+        leaves, first = _first(ctx.value, ctx.sweep, tensors, upstream, create_graph=True)
+        pairs = zip(first, cotangents, strict=True)
+        used = [(f, c) for f, c in pairs if f is not None and c is not None and f.requires_grad]
+        given = (upstream, *leaves)
+        if not used:
+            return (None,) * (2 + len(given))
         wanted = [t for t in given if t is not None and t.requires_grad]
-        found = iter(
-            torch.autograd.grad(value(*inputs), wanted, [g], create_graph=True, allow_unused=True)
-        )
-    return [None if t is None or not t.requires_grad else next(found) for t in given]
+        values, weights = zip(*used, strict=True)
+        found = iter(torch.autograd.grad(values, wanted, weights, allow_unused=True))
+        back = [None if t is None or not t.requires_grad else next(found) for t in given]
+        return (None, None, *back)
+
+
+def _first(
+    value: Value, sweep: LossSweep, tensors: Sequence[Any], g: Tensor, *, create_graph: bool
+) -> tuple[list[Any], list[Any]]:
+    """What stands for the tensors, and the gradients of g · value for those that want one."""
+    count = len(sweep.parameters)
+    with torch.enable_grad(), without_autocast(g.device):
+        leaves = [
+            None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors
+        ]
+        leaves[4 : 4 + count] = sweep.parameters
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        total = value(*leaves[:4], leaves[4 + count :])
+        options = {"create_graph": create_graph, "allow_unused": True}
+        found = iter(torch.autograd.grad(total, wanted, [g], **options))
+    return leaves, [None if t is None or not t.requires_grad else next(found) for t in leaves]
 
 
 class UserLoss(torch.autograd.Function):
@@ -166,14 +206,16 @@ class UserLoss(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, ready = saved[: count - 1], saved[count - 1 :]
 
-        def value(x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Tensor]:
+        def value(
+            x: Tensor, w: Tensor, b: Any, scale: Any, by_row: Sequence[Tensor] = sweep.row_tensors
+        ) -> list[Tensor]:
             stats = reference.linear_statistics(
                 x, w, b, scale, sweep.softcap, sweep.ids, sweep.class_vector, None, sweep.names
             )
-            return [sweep.losses(stats, slice(None), sweep.row_tensors).sum()]
+            return [sweep.losses(stats, slice(None), by_row).sum()]
 
         if torch.is_grad_enabled() and len(inputs) > 4:
-            return (None, *_through_reference(value, inputs[:4], sweep, g))
+            return (None, *apply(ReferenceGradients, value, sweep, g, *inputs))
 
         def again() -> Sequence[Tensor]:
             found: Sequence[Tensor] = sweep.run(*inputs[:4])[1:]

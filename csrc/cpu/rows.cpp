@@ -58,9 +58,8 @@ void check_ids(const Tensor& table, const Tensor& ids, bool distinct) {
   for (int64_t i = 0; i < ids.numel(); ++i) {
     TORCH_CHECK_INDEX(0 <= id[i] && id[i] < table.size(0), "ids must be in [0, ", table.size(0),
                       "), got ", id[i]);
-    TORCH_CHECK(!distinct || i == 0 || id[i - 1] < id[i],
-                "ids must rise strictly, got ", id[i > 0 ? i - 1 : 0], " before ", id[i],
-                "; coalesce the gradient");
+    TORCH_CHECK(!distinct || i == 0 || id[i - 1] < id[i], "ids must rise strictly, got ",
+                id[i > 0 ? i - 1 : 0], " before ", id[i], "; coalesce the gradient");
   }
 }
 

@@ -151,9 +151,8 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   for (size_t k = 0; k < task.log_sums.size(); ++k) {
     const LogSum<S>& kind = task.log_sums[k];
     const S from = static_cast<S>(kind.shift(state.shift));
-    state.log_sums[k].sum += kind.filters()
-                                 ? filtered_exponentials(z, n, from, kind.limit)
-                                 : exponentials<false>(z, n, from, kind.temperature).sum;
+    state.log_sums[k].sum += kind.filters() ? filtered_exponentials(z, n, from, kind.limit)
+                                            : exponentials<false>(z, n, from, kind.temperature).sum;
   }
   if (out.lse == nullptr) return;
   const SoftmaxSums tile = out.mean != nullptr ? exponentials<true>(z, n, shift, S(1))
