@@ -36,7 +36,8 @@ from lossops_bench.report import plain_table
 __all__ = ["Identities", "Options", "Run", "identities_command", "train"]
 
 EVALUATIONS = 10
-HELD_OUT = 10_000
+HELD_OUT = 20_000
+"""Pictures: a standard error of 0.3 points."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Options:
     classes: int = 100_000
     dim: int = 64
     latent: int = 32
-    noise: float = 0.6
+    noise: float = 0.4
     batch: int = 512
     steps: int = 2000
     lr: float = 0.1
@@ -164,7 +165,7 @@ def train(
     if checkpoint is not None:
         run.resume(checkpoint)
     steps, batch = run.options.steps, run.options.batch
-    held_out = data.pictures(min(HELD_OUT, 10 * batch), -1)
+    held_out = data.pictures(HELD_OUT, -1)
     while run.step < steps:
         run.train_step(*data.pictures(batch, run.step))
         on_step(run)
