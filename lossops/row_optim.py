@@ -123,10 +123,24 @@ class RowSGD(torch.optim.Optimizer):
         rest = {n: {k: t for k, t in state.items() if k != "steps"}
                 for n, state in state_dict["state"].items()}  # fmt: skip
         super().load_state_dict({**state_dict, "state": rest})
-        _restore_integers(self, rest)
+        _restore(self, rest, self._state_dir)
         for number, _, p in _parameters(self):
             self.set_steps(p, steps.get(number, torch.zeros(0, 2, 2)))
         self._follow()
+
+    def __getstate__(self) -> dict[str, Any]:
+        steps = [self.steps(p) for _, _, p in _parameters(self)]
+        return {**super().__getstate__(), "state_dir": self._state_dir, "steps": steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        steps = state.pop("steps", None)
+        if steps is not None:  # of a copy; torch calls this for a loaded state as well
+            self._state_dir, self._products = state.pop("state_dir"), WeakTensorKeyDictionary()
+        super().__setstate__(state)
+        if steps is not None:
+            for number, _, p in _parameters(self):
+                self.set_steps(p, steps[number])
+            self._follow()
 
     def row_state(self, p: Tensor) -> dict[str, Tensor]:
         """The state of ``p`` that has a row for each of its rows, made where there is none yet."""
@@ -148,7 +162,7 @@ class RowSGD(torch.optim.Optimizer):
     def _state(self, number: int, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if group["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = _zeros_like(p, self._state_dir, f"{number}.momentum")
+            state["momentum_buffer"] = _zeros_like(p, self._state_dir, f"{number}.momentum_buffer")
         if group["skipped"] == "exact" and "known" not in state:
             state["known"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         return state
@@ -268,15 +282,33 @@ class RowAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's."""
         super().load_state_dict(state_dict)
-        _restore_integers(self, state_dict["state"])
+        _restore(self, state_dict["state"], self._state_dir)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state_dir": self._state_dir}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "state_dir" in state:  # of a copy; torch calls this for a loaded state as well
+            self._state_dir = state.pop("state_dir")
+        super().__setstate__(state)
 
 
-def _restore_integers(optimizer: torch.optim.Optimizer, saved: dict[int, Any]) -> None:
-    """Counts as they were saved: torch takes all state to the dtype of its parameter."""
+def _restore(
+    optimizer: torch.optim.Optimizer, saved: dict[int, Any], directory: Path | None
+) -> None:
+    """Counts as they were saved, and the rest in files where it is to be there.
+
+    torch takes all state to the dtype of its parameter, and into memory.
+    """
     for number, _, p in _parameters(optimizer):
         for name, value in saved.get(number, {}).items():
-            if isinstance(value, Tensor) and not value.is_floating_point():
+            if not isinstance(value, Tensor):
+                continue
+            if not value.is_floating_point():
                 optimizer.state[p][name] = value.to(p.device, copy=True)
+            elif directory is not None:
+                kept = mapped(directory / f"{number}.{name}", tuple(p.shape), p.dtype)
+                optimizer.state[p][name] = kept.copy_(value)
 
 
 def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,26 @@ def test_a_checkpoint_goes_on_bit_for_bit(make: Any) -> None:
     assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("make", [
+    lambda p: optim.RowSGD(p, 0.1, 0.9, 0.05, skipped="exact"),
+    lambda p: optim.RowAdamW(p, 0.1),
+], ids=["exact", "adamw"])  # fmt: skip
+def test_a_copy_goes_on_alone(make: Any) -> None:
+    p = table()
+    optimizer = make([p])
+    for step in range(6):
+        p.grad = sparse_gradient(step)
+        optimizer.step()
+    q, other = copy.deepcopy((p, optimizer))
+    assert other.param_groups[0]["params"][0] is q
+    for step in range(6, 12):
+        for t, o in ((p, optimizer), (q, other)):
+            t.grad = sparse_gradient(step)
+            o.step()
+            rows.select_rows(t, torch.tensor([5]), sparse=True)
+    assert torch.equal(p, q)
+
+
 def test_state_in_a_file(tmp_path: Path) -> None:
     inside, outside = table(), table()
     path = tmp_path / "state"
@@ -239,7 +260,15 @@ def test_state_in_a_file(tmp_path: Path) -> None:
             o.step()
     assert torch.equal(inside, outside)
     buffer = plain.state[inside]["momentum_buffer"]
-    stored = torch.from_file(str(path / "0.momentum"), size=V * D, dtype=torch.float64)
+    stored = torch.from_file(str(path / "0.momentum_buffer"), size=V * D, dtype=torch.float64)
+    assert torch.equal(stored.reshape(V, D), buffer)
+    again = optim.RowSGD([outside], 0.1, 0.9, state_dir=tmp_path / "elsewhere")
+    again.load_state_dict(ours.state_dict())
+    loaded = again.state[outside]["momentum_buffer"]
+    assert torch.equal(loaded, buffer)
+    stored = torch.from_file(
+        str(tmp_path / "elsewhere" / "0.momentum_buffer"), size=V * D, dtype=torch.float64
+    )
     assert torch.equal(stored.reshape(V, D), buffer)
     other = nn.Parameter(torch.zeros(V + 1, D, dtype=torch.float64))
     other.grad = torch.zeros_like(other)
