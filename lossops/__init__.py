@@ -25,6 +25,7 @@ from lossops.multilabel import (
     linear_binary_cross_entropy,
     linear_cosine_contrastive_loss,
 )
+from lossops.near_far import NearFarReport
 from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
 from lossops.partial_fc import PartialFC
 from lossops.sampled import nce_loss, negative_sampling_loss, sampled_softmax_loss
@@ -57,6 +58,7 @@ __all__ = [
     "LinearLogProb",
     "LinearLoss",
     "LinearLossOptions",
+    "NearFarReport",
     "PartialFC",
     "RowStatistics",
     "SampledClasses",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lossops import backends, ops, reference
+from lossops.near_far import NearFar
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
 from lossops.schedules import Gradients, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
@@ -47,14 +48,15 @@ class LinearStatistics(torch.autograd.Function):
         softcap: float,
         names: list[str],
         backend: str,
+        near: NearFar,
     ) -> tuple[Tensor, ...]:
         head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
         return tuple(torch.ops.lossops.linear_statistics(*head, backend))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, softcap, names, backend = inputs
-        ctx.static = (softcap, names, backend)
+        *tensors, softcap, names, backend, near = inputs
+        ctx.static = (softcap, names, backend, near)
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(
             *(o for o, n in zip(output, outputs(names), strict=True) if n in NO_GRADIENT)
@@ -71,19 +73,19 @@ class LinearStatistics(torch.autograd.Function):
         ]
         needs = list(ctx.needs_input_grad[:4])
         if not any(needs) or all(c is None for c in coefficients):
-            return (None,) * 10
+            return (None,) * 11
         if torch.compiler.is_compiling():  # compilers refuse a second derivative themselves
             x, w, b, scale, *rest = tensors
-            softcap, _, backend = ctx.static
+            softcap, _, backend, near = ctx.static
             head = (x, w, b, scale, softcap, *rest, names)
             found = torch.ops.lossops.linear_gradient(
-                *head, list(stats), coefficients, needs, backend
+                *head, list(stats), coefficients, needs, backend, *near
             )
         else:
             found = apply(StatisticsGradient, *tensors, *ctx.static, needs, *stats, *coefficients)
         kept = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
         kept[3] = like_scale(kept[3], tensors[3])
-        return (*kept, *(None,) * 6)
+        return (*kept, *(None,) * 7)
 
 
 class StatisticsGradient(torch.autograd.Function):
@@ -101,28 +103,29 @@ class StatisticsGradient(torch.autograd.Function):
         softcap: float,
         names: list[str],
         backend: str,
+        near: NearFar,
         needs: list[bool],
         *tensors: Optional,
     ) -> tuple[Tensor, ...]:
         head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
         count = len(tensors) // 2
         found: tuple[Tensor, ...] = torch.ops.lossops.linear_gradient(
-            *head, list(tensors[:count]), list(tensors[count:]), needs, backend
+            *head, list(tensors[:count]), list(tensors[count:]), needs, backend, *near
         )
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.static = inputs[7:11]
-        ctx.tensors = len(inputs) - 11
-        ctx.save_for_backward(*inputs[:7], *inputs[11:])
+        ctx.static = inputs[7:12]
+        ctx.tensors = len(inputs) - 12
+        ctx.save_for_backward(*inputs[:7], *inputs[12:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         x, w, b, scale, target, class_vector, teacher, *rest = ctx.saved_tensors
-        softcap, names, _, needs = ctx.static
+        softcap, names, _, _, needs = ctx.static
         coefficients = rest[ctx.tensors // 2 :]
         order = outputs(names)
 
@@ -137,7 +140,7 @@ class StatisticsGradient(torch.autograd.Function):
         inputs, again = differentiate_twice(value, (x, w, b, scale), upstream, cotangents, needs)
         found = iter(again)
         back = [None if c is None else next(found) for c in coefficients]
-        return (*inputs, *(None,) * 7, *(None,) * (ctx.tensors // 2), *back)
+        return (*inputs, *(None,) * 8, *(None,) * (ctx.tensors // 2), *back)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -162,11 +165,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs: list[bool],
         chunk_rows: int,
         backend: str,
+        near: NearFar,
     ) -> tuple[Tensor, ...]:
         head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
         terms = (nll, lse, smooth, taught, square)
         found: tuple[Tensor, ...] = torch.ops.lossops.linear_cross_entropy(
-            *head, *terms, needs, chunk_rows, backend
+            *head, *terms, needs, chunk_rows, backend, *near
         )
         return found
 
@@ -174,25 +178,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.static = inputs[12:]
         ctx.used = False
-        ctx.save_for_backward(*inputs[:12], *output[2:])
+        ctx.save_for_backward(*inputs[:12], *output[2:6])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Optional, *_: Optional) -> tuple[Any, ...]:
         if g is None:
-            return (None,) * 17
+            return (None,) * 18
         saved = ctx.saved_tensors
         tensors, ready = saved[:12], saved[12:]
         x, w, b, scale, target, class_vector, teacher, *terms = tensors
-        softcap, names, needs, chunk_rows, backend = ctx.static
+        softcap, names, needs, chunk_rows, backend, near = ctx.static
 
         def sweep() -> tuple[Tensor, ...]:
             head = (x, w, b, scale, softcap, target, class_vector, teacher, names)
             found: tuple[Tensor, ...] = torch.ops.lossops.linear_cross_entropy(
-                *head, *terms, needs, chunk_rows, backend
+                *head, *terms, needs, chunk_rows, backend, *near
             )
-            return found[2:]
+            return found[2:6]
 
         def value(x: Tensor, w: Tensor, b: Optional, scale: Optional) -> list[Tensor]:
             stats = reference.linear_statistics(
@@ -203,7 +207,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             return [cross_entropy_rows(found, factors, target, w.shape[0])[0].sum()]
 
         found = hand_out(ctx, (x, w, b, scale), needs, g, ready, sweep, value)
-        return (*found, *(None,) * 13)
+        return (*found, *(None,) * 14)
 
 
 Value = Callable[[Tensor, Tensor, Optional, Optional], list[Tensor]]

@@ -28,6 +28,7 @@ from lossops.inputs import (
     class_ids,
     class_weight,
     flat_logits,
+    near_request,
     row_weight,
 )
 from lossops.linear import (
@@ -38,6 +39,7 @@ from lossops.linear import (
     swept_losses,
     teacher_sums,
 )
+from lossops.near_far import NearFarReport
 from lossops.ops import check_target
 from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
 from lossops.reference import accumulate_dtype
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         linear_bias: Tensor | None
         logit_scale: float | Tensor | None
         softcap: float | None
+        near_threshold: float | str | None
         class_group: Any
         options: Any
 
@@ -70,12 +73,13 @@ if TYPE_CHECKING:
         logit_scale: float | Tensor | None
         softcap: float | None
         ignore_index: int | None
+        near_threshold: float | str | None
         class_group: Any
         options: LinearLossOptions | None
         backend: str
 
 
-OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct")
+OUTPUTS = ("logsumexp", "log_prob", "entropy", "argmax", "correct", "near_far")
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -95,6 +99,7 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     correct: Tensor | None = None
+    near_far: NearFarReport | None = None
 
 
 @overload
@@ -133,6 +138,7 @@ def linear_cross_entropy(
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
     lse_square_scale: float = 0.0,
+    near_threshold: float | str | None = None,
     class_group: Any = None,
     options: Any = None,
     backend: str = "auto",
@@ -161,13 +167,19 @@ def linear_cross_entropy(
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         lse_square_scale: factor of the squared logsumexp over all classes (the "z-loss" of
             language models); class weights leave it alone. Default: ``0.0``.
+        near_threshold: None for exact gradients. A number τ: entries of dz above τ times the
+            factors of their row are exact, the others enter by their sums over rows and columns;
+            `docs/near_far.md` has the errors. ``"auto"`` is 2⁻¹², or what
+            ``options.near_target_error`` asks for. Rows whose gradient would not be good that way
+            get the exact one. The loss is exact in any case. Default: ``None``.
         class_group: process group whose ranks hold consecutive classes, in w and b, and the same
             input and target (ids of all classes); the loss, and dx, are those of all classes on
             every rank. A DTensor w sharded by class names its group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
         outputs: further results of the same pass, among ``logsumexp``, ``log_prob``, ``entropy``
-            (differentiable; two sweeps), ``argmax``, ``correct``. Default: ``()``.
+            (differentiable; two sweeps), ``argmax``, ``correct``; ``near_far``, a
+            `lossops.NearFarReport` of what the gradients were (one sweep). Default: ``()``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs). With
@@ -180,7 +192,8 @@ def linear_cross_entropy(
         Extra memory, in bytes, beyond inputs and gradients: one sweep a chunk of logits of at most
         136 MiB, and 4·D·(N + V) of accumulators for half precision, all within
         ``max_workspace_bytes``; two sweeps 4·N·D for dx of half precision and tiles of at most
-        about 64 MiB. Same bits for the same inputs, threads and build.
+        about 64 MiB. Near and far gradients take 4·N·D and V·N / 32 more, for at most 8192 rows at
+        a time. Same bits for the same inputs, threads and build.
 
     Example:
         >>> import torch, lossops
@@ -202,7 +215,10 @@ def linear_cross_entropy(
         )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
     head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
+    head = head._replace(near=near_request(near_threshold, opts))
     v = head.w.shape[0] if shards is None else sum(shards.counts)
+    if shards is not None and head.near.on:
+        raise ValueError("near_threshold is not available with class_group; leave one of them out")
     if shards is not None and (weight is not None or target.is_floating_point()):
         raise ValueError(
             "class_group takes class ids and no weight, which no rank has of all classes; pass "
@@ -239,13 +255,20 @@ def linear_cross_entropy(
         loss = total if reduction == "sum" else total / task.divisor
         return task.finish(loss, None, None, outputs)
     if shards is None and rows is not None:
-        total, argmax, *_ = apply(
+        total, argmax, *_, report = apply(
             LinearCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,
             head.softcap, list(task.names), [t is not None and t.requires_grad for t in diff],
-            rows, chosen,
+            rows, chosen, head.near,
         )  # fmt: skip
         loss = total if reduction == "sum" else total / task.divisor
-        return task.finish(loss, None, argmax, outputs)
+        best = argmax if "max" in task.names else None
+        return task.finish(loss, None, best, outputs, report if head.near.on else None)
+    if "near_far" in outputs:
+        raise ValueError(
+            "outputs 'near_far' tells of gradients computed with the loss, in one sweep: it needs "
+            "inputs that want a gradient, reduction 'mean' or 'sum', no outputs that are "
+            "differentiable, and schedule 'auto' or 'one_sweep' with room for a chunk of logits"
+        )
     spec = (task.ids, task.names, task.class_vector, task.teacher)
     stats = statistics_of_all(head, shards, *spec, chosen)
     return task.reduce(stats, reduction, outputs)
@@ -457,11 +480,14 @@ class _Task(NamedTuple):
         stats: RowStatistics | None,
         argmax: Tensor | None,
         outputs: Collection[str],
+        report: Tensor | None = None,
     ) -> Tensor | CrossEntropyOutput:
         """The loss alone, or with the outputs asked for in the target's shape."""
         if not outputs:
             return loss
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
+        if report is not None:
+            found["near_far"] = NearFarReport(*report.unbind())
         if argmax is not None:
             found["argmax"] = argmax.reshape(self.lead)
             if self.ids is not None:
@@ -622,6 +648,7 @@ def linear_log_prob(
     softcap: float | None = None,
     entropy: bool = False,
     ignore_index: int | None = None,
+    near_threshold: float | str | None = None,
     class_group: Any = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
@@ -641,6 +668,8 @@ def linear_log_prob(
         entropy: also return the entropy in nats. Default: ``False``.
         ignore_index: target id of ignored rows, whose results are 0; None means -100.
             Default: ``None``.
+        near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
+            coefficient of all rows. Default: ``None``.
         class_group: as in `linear_cross_entropy`. Default: ``None``.
         options: how it is computed. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
@@ -663,6 +692,9 @@ def linear_log_prob(
     names = ("lse", "target", "entropy") if entropy else ("lse", "target")
     head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
     check_two_sweeps(head, options)
+    head = head._replace(near=near_request(near_threshold, checked_options(options)))
+    if shards is not None and head.near.on:
+        raise ValueError("near_threshold is not available with class_group; leave one of them out")
     v = head.w.shape[0] if shards is None else sum(shards.counts)
     ids = class_ids(target, head.lead, v, ignore_index)
     check_devices(head.x, target=target)

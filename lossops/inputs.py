@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lossops.near_far import DEFAULT_THRESHOLD, NearFar
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions
 
@@ -15,7 +16,10 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class HeadInputs(NamedTuple):
-    """Checked inputs of a linear head: x (N, D), w (V, D), b (V,), scale (), softcap 0 for none."""
+    """Checked inputs of a linear head: x (N, D), w (V, D), b (V,), scale (), softcap 0 for none.
+
+    ``near`` says whether its gradients are near and far ones.
+    """
 
     x: Tensor
     w: Tensor
@@ -23,6 +27,7 @@ class HeadInputs(NamedTuple):
     scale: Tensor | None
     softcap: float
     lead: torch.Size
+    near: NearFar = NearFar()
 
 
 def head_inputs(
@@ -81,6 +86,29 @@ def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         check_float("linear_bias", linear_bias)
         if linear_bias.shape != (v,):
             raise ValueError(f"linear_bias must have shape ({v},), got {tuple(linear_bias.shape)}")
+
+
+def near_request(threshold: float | str | None, options: LinearLossOptions) -> NearFar:
+    """What ``near_threshold`` and ``options.near_target_error`` ask for."""
+    error = options.near_target_error
+    if threshold is None:
+        if error is not None:
+            raise ValueError(
+                f"options.near_target_error={error} needs near_threshold='auto', got None"
+            )
+        return NearFar()
+    if threshold == "auto":
+        return NearFar(DEFAULT_THRESHOLD, error or 0.0)
+    if isinstance(threshold, str) or not 0 < threshold < 1:
+        raise ValueError(
+            f"near_threshold must be None, 'auto' or a number in (0, 1), got {threshold!r}"
+        )
+    if error is not None:
+        raise ValueError(
+            f"options.near_target_error={error} chooses the threshold itself; pass "
+            f"near_threshold='auto', not {threshold}"
+        )
+    return NearFar(float(threshold))
 
 
 def class_ids(

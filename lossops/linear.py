@@ -26,6 +26,7 @@ from lossops.inputs import (
     counted_rows,
     has_target,
     head_inputs,
+    near_request,
     row_weight,
 )
 from lossops.loss_fn import Losses, LossSweep, UserLoss
@@ -48,6 +49,7 @@ def linear_statistics(
     ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
+    near_threshold: float | str | None = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
 ) -> RowStatistics:
@@ -70,6 +72,8 @@ def linear_statistics(
         logit_scale: factor of x·w, a number or a tensor with one element, differentiable.
             Default: ``None``.
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
+        near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
+            coefficient of all rows. Default: ``None``.
         options: how it is computed. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
 
@@ -91,6 +95,7 @@ def linear_statistics(
     """
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
     check_two_sweeps(head, options)
+    head = head._replace(near=near_request(near_threshold, checked_options(options)))
     check_devices(input, target=target, teacher=teacher)
     v = linear_weight.shape[0]
     several = target is not None and target.ndim == len(head.lead) + 1
@@ -146,6 +151,7 @@ def head_statistics(
         head.softcap,
         list(names),
         chosen,
+        head.near,
     )
     values = dict(zip(outputs(names), found, strict=True))
     vector_sum = None if a is None else a.sum()
@@ -203,6 +209,7 @@ def linear_loss(
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
     class_vector: Tensor | None = None,
+    near_threshold: float | str | None = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -230,6 +237,8 @@ def linear_loss(
         logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         class_vector: a, (V,), for ``"weighted_sum"``; no gradient. Default: ``None``.
+        near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
+            coefficient of its chunk. Default: ``None``.
         options: schedule and memory. Default: ``None``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
 
@@ -257,6 +266,7 @@ def linear_loss(
     for i, p in enumerate(parameters):
         check_tensor(f"parameters[{i}]", p)
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    head = head._replace(near=near_request(near_threshold, checked_options(options)))
     v, lead = linear_weight.shape[0], head.lead
     check_devices(input, target=target)
     ids = None if target is None else class_ids(target, lead, v, ignore_index, several=True)

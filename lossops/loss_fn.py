@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from lossops import backends, reference
 from lossops.autograd import apply, hand_out
 from lossops.inputs import HeadInputs
+from lossops.near_far_sweep import any_one_sweep
 from lossops.ops import check_target
-from lossops.schedules import Head, Needs, one_sweep, without_autocast
+from lossops.schedules import Head, Needs, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
@@ -42,7 +43,7 @@ class LossSweep:
         backend: str,
     ) -> None:
         self.ids, self.class_vector, self.names = ids, class_vector, names
-        self.losses, self.softcap = losses, head.softcap
+        self.losses, self.softcap, self.near = losses, head.softcap, head.near
         self.rows, self.backend, self.parameters = rows, backend, parameters
         self.row_tensors, self.index = row_tensors, index
         self.known = {id(p) for p in parameters}
@@ -98,8 +99,9 @@ class LossSweep:
         wanted = [n for n in order if n != "shift" and n not in INDEX_OUTPUTS]
         try:
             with without_autocast(x.device):
-                losses, grads = one_sweep(
-                    head, wanted, row_function, self.needs, primitives, self.rows, self.index
+                losses, grads, _ = any_one_sweep(
+                    head, wanted, row_function, self.needs, primitives, self.rows, self.index,
+                    self.near, None,
                 )  # fmt: skip
         except _TwoSweepsError:
             return [None]

@@ -13,15 +13,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lossops import backends, gram
+from lossops import backends, gram, near_far_sweep
 from lossops.inputs import counted_rows
+from lossops.near_far import NearFar, NearFarReport
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     Head,
     Needs,
     flatten_none,
-    one_sweep,
     two_sweeps_gradient,
     without_autocast,
 )
@@ -33,16 +33,17 @@ HEAD = (
 )
 LOGITS = "Tensor logits, Tensor? target, Tensor? class_vector, Tensor? teacher, str[] names"
 TERMS = "Tensor? nll, Tensor? lse, Tensor? smooth, Tensor? taught, Tensor? square"
+NEAR = "float near_threshold=0., float near_target_error=0."  # 0: dense gradients
 
 library = torch.library.Library("lossops", "DEF")
 library.define(f"linear_statistics({HEAD}, str backend) -> Tensor[]")
 library.define(
     f"linear_gradient({HEAD}, Tensor[] statistics, Tensor?[] coefficients, bool[] needs, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"str backend, {NEAR}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
-    f"linear_cross_entropy({HEAD}, {TERMS}, bool[] needs, SymInt chunk_rows, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"linear_cross_entropy({HEAD}, {TERMS}, bool[] needs, SymInt chunk_rows, str backend, {NEAR})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(f"logits_statistics({LOGITS}, str backend) -> Tensor[]")
 library.define(
@@ -120,10 +121,14 @@ def _linear_gradient(
     coefficients: list[Tensor | None],
     needs: list[bool],
     backend: str,
+    near_threshold: float = 0.0,
+    near_target_error: float = 0.0,
 ) -> tuple[Tensor, ...]:
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-    found = two_sweeps_gradient(
-        head, statistics, coefficients, Needs(*needs), _primitives(backend, x)
+    call = (head, statistics, coefficients, Needs(*needs), _primitives(backend, x))
+    near = NearFar(near_threshold, near_target_error)
+    found = (
+        near_far_sweep.two_sweeps_gradient(*call, near) if near.on else two_sweeps_gradient(*call)
     )
     return tuple(flatten_none(found, x))
 
@@ -146,6 +151,8 @@ def _linear_cross_entropy(
     needs: list[bool],
     chunk_rows: int,
     backend: str,
+    near_threshold: float = 0.0,
+    near_target_error: float = 0.0,
 ) -> tuple[Tensor, ...]:
     check_target(target, w.shape[0])
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
@@ -166,10 +173,11 @@ def _linear_cross_entropy(
 
     index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
     wanted = [o for o in order if o not in ("shift", "max", *INDEX_OUTPUTS)]
-    losses, gradients = one_sweep(
-        head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index
-    )
-    return tuple(flatten_none([losses.sum(), argmax, *gradients], x))
+    losses, gradients, report = near_far_sweep.any_one_sweep(
+        head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index,
+        NearFar(near_threshold, near_target_error), terms.row_scale,
+    )  # fmt: skip
+    return tuple(flatten_none([losses.sum(), argmax, *gradients, report], x))
 
 
 def _logits_statistics(
@@ -230,7 +238,7 @@ def _fake_logits_statistics(*args: object) -> list[Tensor]:
 def _fake_linear_gradient(
     x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, *rest: object
 ) -> tuple[Tensor, ...]:
-    needs = Needs(*rest[-2])  # type: ignore[misc]
+    needs = Needs(*rest[7])  # type: ignore[misc]
     acc = accumulate_dtype(x.dtype)
     none = x.new_empty(0)
     return (
@@ -244,7 +252,8 @@ def _fake_linear_gradient(
 def _fake_linear_cross_entropy(
     x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, *rest: object
 ) -> tuple[Tensor, ...]:
-    needs, names = Needs(*rest[-3]), rest[4]  # type: ignore[misc]
+    needs, names = Needs(*rest[10]), rest[4]  # type: ignore[misc]
+    near = NearFar(*rest[13:15])  # type: ignore[arg-type]
     acc = accumulate_dtype(x.dtype)
     argmax = x.new_empty(x.shape[0] if "max" in names else 0, dtype=torch.int64)  # type: ignore[operator]
     return (
@@ -254,6 +263,7 @@ def _fake_linear_cross_entropy(
         x.new_empty(w.shape if needs.dw else 0, dtype=acc if needs.dw else x.dtype),
         x.new_empty(w.shape[0] if needs.db else 0, dtype=acc if needs.db else x.dtype),
         x.new_empty(() if needs.dscale else 0, dtype=acc if needs.dscale else x.dtype),
+        x.new_empty(len(NearFarReport._fields), dtype=acc) if near.on else x.new_empty(0),
     )
 
 

@@ -40,6 +40,12 @@ class CrossEntropyTerms(NamedTuple):
         """The factors of some of the rows."""
         return CrossEntropyTerms(*(None if t is None else t[rows] for t in self))
 
+    @property
+    def row_scale(self) -> Tensor | None:
+        """Σ of the absolute factors (N,): what the dz of a row is measured by."""
+        given = [t.abs() for t in self if t is not None]
+        return torch.stack(given).sum(0) if given else None
+
 
 def poison(*extremes: Tensor) -> Tensor:
     """1, or NaN for rows with a +inf or NaN among ``extremes``: PyTorch's loss is NaN there."""

@@ -127,7 +127,38 @@ def linear_chunk_gradient(
     ``dx`` (N, D) is overwritten; ``dw`` (V, D) and ``db`` (V,) are overwritten, or added to when
     ``accumulate``. All are in the accumulate dtype.
     """
-    acc = buffer.dtype
+    factor = linear_chunk_negatives(
+        x, w, b, scale, softcap, target, class_vector, teacher, names, wanted, buffer, statistics,
+        coefficients,
+    )  # fmt: skip
+    linear_products(x, w, scale, buffer, factor, dx, dw, db, accumulate)
+    if target is not None:
+        spec = (target, class_vector, teacher, names, statistics, coefficients)
+        at_target = target_gradient(softcap, w.shape[0], *spec)
+        add_targets(dx, dw, db, scaled_rows(x, scale, buffer.dtype), w, target, at_target)
+
+
+def linear_chunk_negatives(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    buffer: Tensor,
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+) -> Tensor:
+    """The first half of a chunk's gradient: its buffer becomes dr of the negatives.
+
+    Returns:
+        f (N,): dr = f · buffer, 0 at the targets; here 1, elsewhere what a buffer of exponentials
+        lacks.
+    """
     spec = (target, class_vector, teacher, names, statistics, coefficients)
     for rows in row_blocks(x.shape[0], w.shape[0], BLOCK):
         z = buffer[rows]
@@ -135,20 +166,104 @@ def linear_chunk_gradient(
         if softcap:
             part *= 1 - (z / softcap).square()
         z.copy_(part)
-    dz = buffer
-    xs = x.to(acc) if scale is None else x.to(acc) * scale.to(acc)
+    return buffer.new_ones(x.shape[0])
+
+
+def linear_products(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    buffer: Tensor,
+    row_factor: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """The second half: dx, dw and db, as in `linear_chunk_gradient`, of dr = row_factor · buffer.
+
+    The targets are the caller's.
+    """
+    acc = buffer.dtype
+    f = row_factor.unsqueeze(1)  # (N, 1)
+    xs = f * scaled_rows(x, scale, acc)
     if dx is not None:
         dx.zero_()
     for c in range(0, w.shape[0], TILE):
         tile = slice(c, c + TILE)
         if dx is not None:
-            dx.addmm_(dz[:, tile], w[tile].to(acc))
+            dx.addmm_(buffer[:, tile], w[tile].to(acc))
         if dw is not None:
-            dw[tile].addmm_(dz[:, tile].T, xs, beta=int(accumulate))
+            dw[tile].addmm_(buffer[:, tile].T, xs, beta=int(accumulate))
         if db is not None:
-            db[tile].copy_(dz[:, tile].sum(0) + (db[tile] if accumulate else 0))
-    if target is not None:
-        add_targets(dx, dw, db, xs, w, target, target_gradient(softcap, w.shape[0], *spec))
+            db[tile].copy_(row_factor @ buffer[:, tile] + (db[tile] if accumulate else 0))
+    if dx is not None:
+        dx *= f
+
+
+def linear_negatives(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+    first: int,
+    buffer: Tensor,
+) -> None:
+    """dr of the negatives among the n classes from ``first`` on, into ``buffer`` (N, n).
+
+    The logits are computed again; at the targets dr is 0.
+    """
+    n = buffer.shape[1]
+    tile = slice(first, first + n)
+    z = linear_logits(x, w[tile], None if b is None else b[tile], scale, softcap)
+    inside = None if target is None else within(target, first, n)
+    vector = None if class_vector is None else class_vector[tile]
+    taught = None if teacher is None else teacher[:, tile]
+    spec = (names, statistics, coefficients)
+    dz = _negatives_gradient(z, inside, vector, taught, *spec, w.shape[0], first)
+    if softcap:
+        dz *= 1 - (z / softcap).square()
+    buffer.copy_(dz)
+
+
+def far_sums(
+    buffer: Tensor, row_factor: Tensor, limit: Tensor, block: int, group: int
+) -> list[Tensor]:
+    """Near columns, and sums of the far ones, of M = row_factor · buffer (N, V).
+
+    A column is near to a block of ``block`` rows where some |M_ij| > limit_i.
+
+    Returns:
+        near (B, V) bool; over the far columns r (N, G) by groups of ``group`` classes and c (B, V)
+        by blocks; where M has both signs also r and c of |M|.
+    """
+    n, v = buffer.shape
+    m = row_factor.unsqueeze(1) * buffer
+    heights = [block] * (n // block) + ([n % block] if n % block else [])
+    near = torch.stack(
+        [(part.abs() > t.unsqueeze(1)).any(0)
+         for part, t in zip(m.split(heights), limit.split(heights), strict=True)]
+    ) if n else torch.zeros(0, v, dtype=torch.bool, device=buffer.device)  # fmt: skip
+    far = m.masked_fill(near.repeat_interleave(block, 0)[:n], 0.0)
+
+    def sums(m: Tensor) -> list[Tensor]:
+        rows = torch.stack([part.sum(1) for part in m.split(group, 1)], 1)
+        columns = [part.sum(0) for part in m.split(heights)]
+        return [rows, torch.stack(columns) if columns else m.new_zeros(0, v)]
+
+    return [near, *sums(far), *(sums(far.abs()) if n and m.amin() < 0 else [])]
+
+
+def scaled_rows(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """scale · x in the accumulate dtype."""
+    return x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)
 
 
 def linear_gradient(
@@ -174,7 +289,7 @@ def linear_gradient(
     """
     acc = accumulate_dtype(x.dtype)
     spec = (target, class_vector, teacher, names, statistics, coefficients)
-    xs = x.to(acc) if scale is None else x.to(acc) * scale.to(acc)
+    xs = scaled_rows(x, scale, acc)
     at_target = None
     if target is not None:
         at_target = target_gradient(softcap, w.shape[0], *spec)

@@ -37,6 +37,9 @@ class LinearLossOptions:
         max_workspace_bytes: bound on the chunk of logits and the float32 accumulators of half
             precision gradients, in bytes. Default: ``536870912``.
         chunk_rows: rows per chunk of one sweep; None chooses them. Default: ``None``.
+        near_target_error: with ``near_threshold="auto"``, the error of dx and of dw that the
+            threshold is chosen for: an estimate, relative to their norms, measured on a sample of
+            the rows and features. None takes the default threshold. Default: ``None``.
 
     Example:
         >>> import lossops
@@ -47,6 +50,7 @@ class LinearLossOptions:
     schedule: str = "auto"
     max_workspace_bytes: int = 512 * MIB
     chunk_rows: int | None = None
+    near_target_error: float | None = None
 
     def __post_init__(self) -> None:
         choices = ("auto", "one_sweep", "two_sweeps")
@@ -58,6 +62,10 @@ class LinearLossOptions:
             )
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows must be None or at least 1, got {self.chunk_rows}")
+        if self.near_target_error is not None and not 0 < self.near_target_error < 1:
+            raise ValueError(
+                f"near_target_error must be None or in (0, 1), got {self.near_target_error}"
+            )
 
 
 class Head(NamedTuple):

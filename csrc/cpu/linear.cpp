@@ -15,6 +15,7 @@
 //
 // Verified by tests/test_cpu_backend.py, with small tiles so that every boundary is crossed.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/ones.h>
 
 #include "cpu/tiles.h"
 
@@ -90,6 +91,42 @@ Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
   return factors;
 }
 
+// dx, dw and db of a chunk from tiles of its buffer, which hold dz, or E with dz = f E where there
+// are factors f (R,), once prepare(tile, first, n) has seen them. The targets of the chain go to dw
+// and db; those of dx are the caller's.
+template <typename S, typename Prepare>
+void chunk_products(const Head& head, const Chain<S>& chain, const Tensor& buffer,
+                    const Tensor& factors, DenseRows& by_row, const MaybeTensor& dw,
+                    const MaybeTensor& db, bool accumulate, int64_t tile, Prepare&& prepare) {
+  const int64_t rows = buffer.size(0);
+  const Operands operands(head);
+  Rows w = operands.w(head, tile);
+  Tensor x;
+  if (dw && factors.defined()) {  // one rounding of f · scale · x
+    const Tensor f = factors.mul(operands.scale.value_or(1.0)).unsqueeze(1);
+    x = Rows(head.x, operands.dtype, std::nullopt, rows)(0, rows).mul(f).to(operands.dtype);
+  } else if (dw) {
+    x = operands.scaled_x(head, rows)(0, rows);
+  }
+  ClassGradient<S> by_class(chain, dw, db, accumulate, tile, head.x, factor(head.scale));
+  each_part(buffer.size(1), tile, [&](int64_t first, int64_t n) {
+    const Tensor dz = buffer.narrow(1, first, n);
+    prepare(dz, first, n);
+    if (by_row) dx_tile(by_row.rows(), dz, w(first, n), first > 0);
+    by_class.begin(first, n);
+    by_class.add(dz, x, factors.defined() ? factors.template const_data_ptr<S>() : nullptr);
+    by_class.end();
+  });
+  if (by_row && factors.defined()) by_row.rows().mul_(factors.unsqueeze(1));
+}
+
+template <typename S>
+void check_kept(const Chain<S>& chain, bool kept) {
+  TORCH_CHECK(!kept || ((chain.terms & ~kSoftmax) == 0 && chain.coefficient.max == nullptr),
+              "coefficients must be of the outputs in wanted, got others; name them in wanted when "
+              "the statistics are collected");
+}
+
 template <typename S>
 void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buffer,
                        const MaybeTensors& statistics, const MaybeTensors& coefficients,
@@ -102,38 +139,83 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
   const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
   const Chain<S> chain{task, statistic, coefficient};
   const bool kept = keeps_exponentials(head, wanted, buffer);
-  TORCH_CHECK(!kept || ((chain.terms & ~kSoftmax) == 0 && coefficient.max == nullptr),
-              "coefficients must be of the outputs in wanted, got others; name them in wanted when "
-              "the statistics are collected");
+  check_kept(chain, kept);
 
-  const Operands operands(head);
-  Rows w = operands.w(head, tile);
-  Tensor factors, x;
-  if (kept) factors = row_factors(chain, buffer);
-  if (dw && kept) {  // one rounding of f · scale · x
-    const Tensor f = factors.mul(operands.scale.value_or(1.0)).unsqueeze(1);
-    x = Rows(head.x, operands.dtype, std::nullopt, task.rows)(0, task.rows)
-            .mul(f)
-            .to(operands.dtype);
-  } else if (dw) {
-    x = operands.scaled_x(head, task.rows)(0, task.rows);
-  }
+  const Tensor factors = kept ? row_factors(chain, buffer) : Tensor();
   DenseRows by_row(dx);
-  ClassGradient<S> by_class(chain, dw, db, accumulate, tile, head.x, factor(head.scale));
-  each_part(task.classes, tile, [&](int64_t first, int64_t n) {
-    const Tensor dz = buffer.narrow(1, first, n);
-    if (!kept) {
-      each_row<S>(dz,
-                  [&](int64_t i, S* z, S* scratch) { gradient(chain, i, z, first, n, scratch); });
-    }
-    if (by_row) dx_tile(by_row.rows(), dz, w(first, n), first > 0);
-    by_class.begin(first, n);
-    by_class.add(dz, x, kept ? factors.template const_data_ptr<S>() : nullptr);
-    by_class.end();
-  });
+  chunk_products(head, chain, buffer, factors, by_row, dw, db, accumulate, tile,
+                 [&](const Tensor& dz, int64_t first, int64_t n) {
+                   if (kept) return;
+                   each_row<S>(dz, [&](int64_t i, S* z, S* scratch) {
+                     gradient(chain, i, z, first, n, scratch);
+                   });
+                 });
   if (!by_row) return;
-  if (kept) by_row.rows().mul_(factors.unsqueeze(1));
   add_targets_to_rows(chain, Operand(head.w), by_row.rows());
+  by_row.finish();
+}
+
+template <typename S>
+Tensor chunk_negatives_of(const Head& head, const Names& wanted, const Tensor& buffer,
+                          const MaybeTensors& statistics, const MaybeTensors& coefficients,
+                          int64_t tile) {
+  check_buffer(buffer, head.x, head.w, kDtype<S>);
+  const Task<S> task = task_of<S>(head);
+  const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
+  const Chain<S> chain{task, statistic, coefficient};
+  const bool kept = keeps_exponentials(head, wanted, buffer);
+  check_kept(chain, kept);
+  if (kept) return row_factors(chain, buffer);
+  each_part(task.classes, tile, [&](int64_t first, int64_t n) {
+    each_row<S>(buffer.narrow(1, first, n),
+                [&](int64_t i, S* z, S* scratch) { gradient(chain, i, z, first, n, scratch); });
+  });
+  return at::ones({task.rows}, buffer.options());
+}
+
+template <typename S>
+void negatives_of(const Head& head, const MaybeTensors& statistics,
+                  const MaybeTensors& coefficients, int64_t first, const Tensor& buffer) {
+  const int64_t n = buffer.size(1);
+  TORCH_CHECK(buffer.dim() == 2 && buffer.size(0) == head.x.size(0) && first >= 0 &&
+                  first + n <= head.w.size(0) && buffer.scalar_type() == kDtype<S> &&
+                  (buffer.stride(1) == 1 || n == 1),
+              "buffer must be ", kDtype<S>, " of shape (", head.x.size(0),
+              ", n) with dense rows, for n classes from ", first, " on, got ", buffer.scalar_type(),
+              " ", buffer.sizes());
+  const Task<S> task = task_of<S>(head);
+  const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
+  const Chain<S> chain{task, statistic, coefficient};
+  const Operands operands(head);
+  const int64_t block = rows_in_flight(head, kRowBlock), tile = rows_in_flight(head, n);
+  Rows x = operands.x(head, block), w = operands.w(head, std::max<int64_t>(1, tile));
+  each_part(n, std::max<int64_t>(1, tile), [&](int64_t column, int64_t columns) {
+    const Tensor wt = w(first + column, columns);
+    each_part(task.rows, block, [&](int64_t row, int64_t rows) {
+      const Tensor z = buffer.narrow(0, row, rows).narrow(1, column, columns);
+      logits_tile(z, x(row, rows), wt, operands.scale_of_z());
+      each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
+        const int64_t at = first + column;
+        map_logits(zi, columns, task.bias ? task.bias + at : nullptr, task.cap);
+        gradient(chain, row + i, zi, at, columns, scratch);
+      });
+    });
+  });
+}
+
+template <typename S>
+void products_of(const Head& head, const Tensor& buffer, const Tensor& row_factor,
+                 const MaybeTensor& dx, const MaybeTensor& dw, const MaybeTensor& db,
+                 bool accumulate, int64_t tile) {
+  check_buffer(buffer, head.x, head.w, kDtype<S>);
+  check_gradients(head, dx, dw, db, kDtype<S>);
+  if (trivial(head, dx, dw, db, accumulate)) return;
+  const Task<S> task = task_of<S>(head);
+  const Fields<S> none(head.names, MaybeTensors(1));
+  const Chain<S> chain{task, none, none};
+  DenseRows by_row(dx);
+  chunk_products(head, chain, buffer, row_factor.to(kDtype<S>).contiguous(), by_row, dw, db,
+                 accumulate, tile, [](const Tensor&, int64_t, int64_t) {});
   by_row.finish();
 }
 
@@ -179,6 +261,35 @@ void linear_chunk_gradient(const Head& head, const Names& wanted, const Tensor& 
   (in_double(head) ? chunk_gradient_of<double>
                    : chunk_gradient_of<float>)(head, wanted, buffer, statistics, coefficients, dx,
                                                dw, db, accumulate, tile);
+}
+
+Tensor linear_chunk_negatives(const Head& head, const Names& wanted, const Tensor& buffer,
+                              const MaybeTensors& statistics, const MaybeTensors& coefficients,
+                              int64_t tile) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check(head, tile);
+  return (in_double(head)
+              ? chunk_negatives_of<double>
+              : chunk_negatives_of<float>)(head, wanted, buffer, statistics, coefficients, tile);
+}
+
+void linear_negatives(const Head& head, const MaybeTensors& statistics,
+                      const MaybeTensors& coefficients, int64_t first, const Tensor& buffer,
+                      int64_t tile) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check(head, tile);
+  (in_double(head) ? negatives_of<double> : negatives_of<float>)(head, statistics, coefficients,
+                                                                 first, buffer);
+}
+
+void linear_products(const Tensor& x, const Tensor& w, const MaybeTensor& scale,
+                     const Tensor& buffer, const Tensor& row_factor, const MaybeTensor& dx,
+                     const MaybeTensor& dw, const MaybeTensor& db, bool accumulate, int64_t tile) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const Head head{x, w, std::nullopt, scale, 0, std::nullopt, std::nullopt, std::nullopt, {}};
+  check(head, tile);
+  (in_double(head) ? products_of<double> : products_of<float>)(head, buffer, row_factor, dx, dw, db,
+                                                               accumulate, tile);
 }
 
 void linear_gradient(const Head& head, const MaybeTensors& statistics,

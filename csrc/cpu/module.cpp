@@ -53,7 +53,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                 "coefficients", "dx", "dw", "db", "accumulate");
   define_linear(m, "linear_gradient", linear_gradient, "statistics", "coefficients", "dx", "dw",
                 "db");
+  define_linear(m, "linear_chunk_negatives", linear_chunk_negatives, "wanted", "buffer",
+                "statistics", "coefficients");
+  define_linear(m, "linear_negatives", linear_negatives, "statistics", "coefficients", "first",
+                "buffer");
   const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("linear_products", linear_products, no_gil, arg("x"), arg("w"), arg("scale"), arg("buffer"),
+        arg("row_factor"), arg("dx"), arg("dw"), arg("db"), arg("accumulate"), arg("tile") = kTile);
+  m.def("far_sums", far_sums, no_gil, arg("buffer"), arg("row_factor"), arg("limit"), arg("block"),
+        arg("group"));
   m.def("logits_statistics", logits_statistics, no_gil, arg("z"), arg("target"),
         arg("class_vector"), arg("teacher"), arg("names"));
   m.def("logits_gradient", logits_gradient, no_gil, arg("z"), arg("target"), arg("class_vector"),

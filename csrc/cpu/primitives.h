@@ -43,6 +43,26 @@ void linear_gradient(const Head& head, const MaybeTensors& statistics,
                      const MaybeTensors& coefficients, const MaybeTensor& dx, const MaybeTensor& dw,
                      const MaybeTensor& db, int64_t tile);
 
+// The halves of a chunk's gradient. linear_chunk_negatives leaves in the buffer dr of the
+// negatives, 0 at the targets, up to a factor of each row that it returns; linear_products takes
+// dx, dw and db from such a buffer.
+Tensor linear_chunk_negatives(const Head& head, const Names& wanted, const Tensor& buffer,
+                              const MaybeTensors& statistics, const MaybeTensors& coefficients,
+                              int64_t tile);
+
+void linear_products(const Tensor& x, const Tensor& w, const MaybeTensor& scale,
+                     const Tensor& buffer, const Tensor& row_factor, const MaybeTensor& dx,
+                     const MaybeTensor& dw, const MaybeTensor& db, bool accumulate, int64_t tile);
+
+// dr of the negatives among the classes from `first` on, computed again, into `buffer` (N, n).
+void linear_negatives(const Head& head, const MaybeTensors& statistics,
+                      const MaybeTensors& coefficients, int64_t first, const Tensor& buffer,
+                      int64_t tile);
+
+// Near columns of blocks of rows of a buffer, and the sums of what is far: see far.cpp.
+Tensors far_sums(const Tensor& buffer, const Tensor& row_factor, const Tensor& limit, int64_t block,
+                 int64_t group);
+
 // Σ over the negatives of a term of one logit, (N,), and where dx, dw or db is given the gradients,
 // in one visit of each tile. `kind`, `parameters`: "sigmoid" (), "hinge" (margin), "asymmetric"
 // (gamma, clip, detached).
