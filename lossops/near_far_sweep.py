@@ -24,6 +24,7 @@ from lossops.near_far import (
     ROWS,
     THRESHOLDS,
     Constants,
+    Errors,
     FarSums,
     NearFar,
     Probe,
@@ -114,7 +115,7 @@ class _Chunks:
     """The gradients of ordered rows, filled chunk by chunk."""
 
     def __init__(self, head: Head, needs: Needs, primitives: ModuleType, near: NearFar) -> None:
-        self.head, self.primitives, self.near = head, primitives, near
+        self.head, self.primitives = head, primitives
         x, w = head.x, head.w
         acc = accumulate_dtype(x.dtype)
         self.xs = scaled_rows(x, head.scale, acc)  # (N, D)
@@ -122,12 +123,12 @@ class _Chunks:
         self.dx = torch.zeros_like(self.xs) if wants_dx else None
         self.dw = w.new_zeros(w.shape, dtype=acc) if needs.dw else None
         self.db = x.new_zeros(w.shape[0], dtype=acc) if needs.db else None
-        self.probe = Probe(self.xs, w) if any(needs) else None
-        self.threshold = 0.0 if near.target_error else near.threshold
+        self.trial = Trial(self.xs, w, primitives, near) if any(needs) else None
         self.constants = Constants(head)
         self.tally = Tally()
         self.seen = self.refused = 0  # chunks, and those among them whose gradient was dense
         self.kept: list[FarSums] = []
+        self.live = False  # whether there is anything in them
         self.flushed = 0  # rows
 
     def add(
@@ -162,7 +163,8 @@ class _Chunks:
         else:
             mass = near_products(m, factor, far.near, self.xs[rows], head.w, dx, self.dw, self.db)
             self.tally.mass += mass
-        self.keep(far, rows)
+            self.live = True
+        self.keep(far)
         if target is not None and at_target is not None:
             add_targets(dx, self.dw, self.db, self.xs[rows], head.w, target, at_target)
 
@@ -185,34 +187,16 @@ class _Chunks:
             self.tally.dense += m.shape[0]
             self.tally.rows += m.shape[0]
             return None
-        i = (m.shape[0] - 1) // (2 * BLOCK)  # the block in the middle
-        block = slice(i * BLOCK, min((i + 1) * BLOCK, m.shape[0]))
-        at = slice(rows.start + block.start, rows.start + block.stop)
-        target, at_target = (None if t is None else t[block] for t in (target, at_target))
-        assert self.probe is not None
-        if not self.threshold:
-            for threshold in THRESHOLDS:
-                self.threshold = threshold
-                far = self.sums(m[block], factor[block], g[block])
-                errors = self.probe.errors(m[block], factor[block], far, at, target, at_target)
-                if errors.within(self.near):
-                    break
-        far = self.sums(m, factor, g)
-        dense = _too_near(far, factor)
-        if not dense:
-            errors = self.probe.errors(m[block], factor[block], far.block(i), at, target, at_target)
-            dense = not errors.within(self.near)
-            if not dense:
-                self.tally.saw(errors)
+        assert self.trial is not None
+        far, errors = self.trial(m, factor, g, rows, target, at_target)
+        if errors is not None:
+            self.tally.saw(errors)
+        dense = errors is None
         self.tally.add(far, m.shape[0], dense)
         self.refused += dense
         return None if dense else far
 
-    def sums(self, m: Tensor, factor: Tensor, g: Tensor) -> FarSums:
-        limit = self.threshold * g
-        return FarSums.of(self.primitives.far_sums(m, factor, limit, BLOCK, GROUP))
-
-    def keep(self, far: FarSums, rows: slice) -> None:
+    def keep(self, far: FarSums) -> None:
         far_mass = float(far.r_abs.sum())
         self.tally.far_mass += far_mass
         self.tally.mass += far_mass
@@ -229,14 +213,47 @@ class _Chunks:
         """Multiply out the far sums that are kept."""
         if not self.kept:
             return
-        far = FarSums.cat(self.kept)
-        rows = slice(self.flushed, self.flushed + far.r.shape[0])
-        dx = None if self.dx is None else self.dx[rows]
-        far_products(far, self.xs[rows], self.head.w, dx, self.dw, self.db)
-        self.flushed, self.kept = rows.stop, []
+        rows = slice(self.flushed, self.flushed + sum(f.r.shape[0] for f in self.kept))
+        if self.live:
+            dx = None if self.dx is None else self.dx[rows]
+            far = FarSums.cat(self.kept)
+            far_products(far, self.xs[rows], self.head.w, dx, self.dw, self.db)
+        self.flushed, self.kept, self.live = rows.stop, [], False
 
 
-def _too_near(far: FarSums, factor: Tensor) -> bool:
+class Trial:
+    """Finds out whether the far form of some rows is good, and at which threshold."""
+
+    def __init__(self, xs: Tensor, w: Tensor, primitives: ModuleType, near: NearFar) -> None:
+        self.probe, self.primitives, self.near = Probe(xs, w), primitives, near
+        self.thresholds = THRESHOLDS if near.target_error else (near.threshold,)
+
+    def __call__(
+        self,
+        m: Tensor,
+        factor: Tensor,
+        g: Tensor,
+        rows: slice,
+        target: Tensor | None,
+        at_target: Tensor | None,
+    ) -> tuple[FarSums, Errors | None]:
+        """Far sums of M = factor · m and their errors, None where the gradient has to be dense.
+
+        Of several thresholds the first that is good is taken; later rows start from there.
+        """
+        for i, threshold in enumerate(self.thresholds):
+            limit = threshold * g
+            far = FarSums.of(self.primitives.far_sums(m, factor, limit, BLOCK, GROUP))
+            if too_near(far, factor):
+                break
+            errors = self.probe.errors(m, factor, far, rows, target, at_target)
+            if errors.within(self.near):
+                self.thresholds = self.thresholds[i:]
+                return far, errors
+        return far, None
+
+
+def too_near(far: FarSums, factor: Tensor) -> bool:
     """Whether too much is near, or something is not finite, which would spread over a block."""
     if float(far.near.sum()) > MAX_NEAR * far.near.numel():
         return True
@@ -281,7 +298,7 @@ def two_sweeps_gradient(
         at_target = target_gradient(
             head.softcap, v, part.target, part.class_vector, part.teacher, head.names, stats, coefs
         )
-    threshold = _try(part, stats, coefs, xs, at_target, g, primitives, near)
+    threshold = _threshold(part, stats, coefs, xs, at_target, g, primitives, near)
     if threshold is None:
         return schedules.two_sweeps_gradient(head, statistics, coefficients, needs, primitives)
     total = torch.zeros_like(xs) if needs.dx or needs.dscale else None
@@ -342,7 +359,7 @@ def _slab(
     ones = xs.new_ones(n)
     far = FarSums.of(primitives.far_sums(m, ones, limit, BLOCK, GROUP))
     w = head.w[classes]
-    if _too_near(far, ones):
+    if too_near(far, ones):
         added = None if dx is None else torch.empty_like(dx)
         primitives.linear_products(head.x, w, head.scale, m, ones, added, dw, db, True)
         if dx is not None and added is not None:
@@ -352,7 +369,7 @@ def _slab(
     far_products(far, xs, w, dx, dw, db)
 
 
-def _try(
+def _threshold(
     head: Head,
     statistics: Sequence[Tensor],
     coefficients: Coefficients,
@@ -362,29 +379,20 @@ def _try(
     primitives: ModuleType,
     near: NearFar,
 ) -> float | None:
-    """The threshold, from one block of every 16; None where the gradient has to be dense."""
+    """The threshold, tried on one block of every 8; None where the gradient has to be dense."""
     v, n = head.w.shape[0], xs.shape[0]
-    probe = Probe(xs, head.w)
+    trial = Trial(xs, head.w, primitives, near)
     blocks = -(-n // BLOCK)
-    threshold = 0.0 if near.target_error else near.threshold
-    for i in range(min(7, blocks // 2), blocks, 16):
+    for i in range(min(3, blocks // 2), blocks, 8):
         rows = slice(i * BLOCK, min((i + 1) * BLOCK, n))
         some = head.rows(rows)
-        m = xs.new_empty(BLOCK * row_stride(v)).as_strided((some.x.shape[0], v), (row_stride(v), 1))
-        primitives.linear_negatives(
-            *some, [t[rows] for t in statistics],
-            [None if c is None else c[rows] for c in coefficients], 0, m,
-        )  # fmt: skip
-        ones = xs.new_ones(some.x.shape[0])
+        m = xs.new_empty(BLOCK * row_stride(v))
+        m = m.as_strided((some.x.shape[0], v), (row_stride(v), 1))
+        stats = [t[rows] for t in statistics]
+        coefs = [None if c is None else c[rows] for c in coefficients]
+        primitives.linear_negatives(*some, stats, coefs, 0, m)
         value = None if at_target is None else at_target[rows]
-        for tau in (threshold,) if threshold else THRESHOLDS:
-            far = FarSums.of(primitives.far_sums(m, ones, tau * g[rows], BLOCK, GROUP))
-            good = not _too_near(far, ones) and probe.errors(
-                m, ones, far, rows, some.target, value
-            ).within(near)
-            if good:
-                threshold = tau
-                break
-        else:
+        ones = xs.new_ones(some.x.shape[0])
+        if trial(m, ones, g[rows], rows, some.target, value)[1] is None:
             return None
-    return threshold or near.threshold
+    return trial.thresholds[0]
