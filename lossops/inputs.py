@@ -98,7 +98,7 @@ def near_request(threshold: float | str | None, options: LinearLossOptions) -> N
             )
         return NearFar()
     if threshold == "auto":
-        return NearFar(DEFAULT_THRESHOLD, error or 0.0)
+        return NearFar(DEFAULT_THRESHOLD, error or 0.0, options.near_certificate)
     if isinstance(threshold, str) or not 0 < threshold < 1:
         raise ValueError(
             f"near_threshold must be None, 'auto' or a number in (0, 1), got {threshold!r}"
@@ -108,7 +108,7 @@ def near_request(threshold: float | str | None, options: LinearLossOptions) -> N
             f"options.near_target_error={error} chooses the threshold itself; pass "
             f"near_threshold='auto', not {threshold}"
         )
-    return NearFar(float(threshold))
+    return NearFar(float(threshold), 0.0, options.near_certificate)
 
 
 def class_ids(

@@ -28,32 +28,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lossops.reference import accumulate_dtype, add_targets, within
+from lossops.reference import accumulate_dtype
 from lossops.schedules import Head
 from lossops.statistics import outputs
 
 BLOCK = 128  # rows; 64 and 256 have nearly the same error on a trained model
 GROUP = 2048  # classes; of two sweeps also the slab
 DEFAULT_THRESHOLD = 2.0**-12
-THRESHOLDS = tuple(2.0**-k for k in range(8, 16))  # what near_target_error chooses among
 
-# Above this share of near columns the dense products are as fast.
-MAX_NEAR = 0.3
-# The errors on the trial block at which the gradient is dense: relative to the norm of dx and dw,
-# and relative to its own norm for the median class. A trained model has 0.003, 0.001 and 0.01;
-# random logits of standard deviation 1 have a median class wrong by more than half.
-MAX_ERROR, MAX_CLASS_ERROR = 0.01, 0.25
-PROBE = 16  # features that a trial looks at
 DIRECTIONS, SAMPLE = 8, 1024  # by which rows are found alike, and the rows that give them
 FLUSH = 64  # blocks whose far sums are kept at a time: V·4·64 bytes
 ROWS = 8192  # rows of a slab of two sweeps
 
 
 class NearFar(NamedTuple):
-    """What a call asks for: τ, and an error to choose τ by instead, 0 for none."""
+    """What a call asks for: τ; an error to choose τ by instead, 0 for none; certificates."""
 
     threshold: float = 0.0
     target_error: float = 0.0
+    certificate: bool = False
 
     @property
     def on(self) -> bool:
@@ -61,17 +54,38 @@ class NearFar(NamedTuple):
         return self.threshold > 0 or self.target_error > 0
 
 
-class Errors(NamedTuple):
-    """Of a trial: relative to the norms of dx and dw, and of the median class to its own."""
+class NearFarReport(NamedTuple):
+    """What became of the gradients of one call, scalars.
 
-    dx: float
-    dw: float
-    median_class: float
+    Attributes:
+        near_fraction: columns that were near, of those of all blocks of rows.
+        far_mass: Σ of the far |dz| over Σ |dz|, targets apart, of the rows that were not dense.
+        dense_fraction: rows whose gradient was dense after all.
+        error_dx: relative error of dx, the largest that was measured on a sample of a chunk.
+        error_dw: likewise of dw.
+        error_class: likewise of a class's row of dw relative to itself, for the median class.
+        certificate_dx: what the relative error of dx cannot exceed but for rounding; NaN where
+            ``near_certificate`` did not ask for it.
+        certificate_dw: likewise of dw.
 
-    def within(self, near: NearFar) -> bool:
-        if near.target_error:
-            return max(self.dx, self.dw) <= near.target_error
-        return max(self.dx, self.dw) <= MAX_ERROR and self.median_class <= MAX_CLASS_ERROR
+    Example:
+        >>> import torch, lossops
+        >>> x, w = torch.randn(256, 8, requires_grad=True), torch.randn(500, 8)
+        >>> found = lossops.linear_cross_entropy(
+        ...     x, w, torch.arange(256), near_threshold="auto", outputs=("near_far",)
+        ... )
+        >>> found.near_far.dense_fraction  # random logits have no peaks: the exact gradient
+        tensor(1.)
+    """
+
+    near_fraction: Tensor
+    far_mass: Tensor
+    dense_fraction: Tensor
+    error_dx: Tensor
+    error_dw: Tensor
+    error_class: Tensor
+    certificate_dx: Tensor
+    certificate_dw: Tensor
 
 
 class FarSums(NamedTuple):
@@ -100,6 +114,15 @@ class FarSums(NamedTuple):
         near, r, c, r_abs, c_abs = (torch.cat(t) for t in zip(*parts, strict=True))
         signed = any(p.signed for p in parts)
         return FarSums(near, r, c, *((r_abs, c_abs) if signed else (r, c)))
+
+    def form(self, i: int, rows: slice, g: int, classes: slice) -> Tensor:
+        """The far form of block i and group g, M's shape, as it is defined."""
+        r, c = self.r[rows, g].unsqueeze(1), self.c[i, classes]
+        size = self.c_abs[i, classes].sum()
+        inverse = torch.where(size == 0, 0.0, size.reciprocal())
+        u = self.c_abs[i, classes] * inverse
+        v = self.r_abs[rows, g].unsqueeze(1) * inverse
+        return r * u + v * (c - c.sum() * u)
 
     def rows(self, rows: slice) -> FarSums:
         """For dx of some of the rows."""
@@ -299,121 +322,3 @@ class Constants:
                 dw.addr_(a, c @ xs)
             if db is not None:
                 db.add_(a * c.sum())
-
-
-class Probe:
-    """Some features of x and w, on which the exact gradient is cheap."""
-
-    def __init__(self, xs: Tensor, w: Tensor) -> None:
-        d = w.shape[1]
-        start = max(0, (d - PROBE) // 2)
-        self.features = slice(start, min(d, start + PROBE))
-        self.w = w[:, self.features].to(xs.dtype).contiguous()  # (V, P)
-        self.xs = xs[:, self.features].contiguous()  # (N, P)
-
-    def errors(
-        self,
-        m: Tensor,
-        factor: Tensor,
-        far: FarSums,
-        rows: slice,
-        target: Tensor | None,
-        at_target: Tensor | None,
-    ) -> Errors:
-        """Of the far form of M = factor · m (R, V), whose rows are ``rows`` of all.
-
-        dx is looked at in some rows of each block, dw in some groups of the classes, so many that
-        either costs what 128 rows do. ``at_target`` (R, K) is dr at the targets.
-        """
-        step = 1 << max(0, (m.shape[0] // BLOCK).bit_length() - 1)
-        xs, sample = self.xs[rows], slice(None, None, min(step, BLOCK))
-        block = BLOCK // min(step, BLOCK)
-        dx = torch.zeros_like(xs[sample])
-        into = (xs[sample], self.w, dx, None, None, block)
-        near_products(m[sample], factor[sample], far.near, *into)
-        far_products(far.rows(sample), *into)
-        exact_dx = (m[sample] @ self.w) * factor[sample].unsqueeze(1)
-        off_dx = dx - exact_dx
-        if target is not None and at_target is not None:
-            add_targets(exact_dx, None, None, xs[sample], self.w, target[sample], at_target[sample])
-        off_dw, exact_dw = [], []
-        for g in range(0, far.r.shape[1], step):
-            classes = slice(g * GROUP, min((g + 1) * GROUP, m.shape[1]))
-            own, w = far.group(g), self.w[classes]
-            dw = torch.zeros_like(w)
-            near_products(m[:, classes], factor, own.near, xs, w, None, dw, None)
-            far_products(own, xs, w, None, dw, None)
-            exact = m[:, classes].T @ (xs * factor.unsqueeze(1))
-            off_dw.append(dw - exact)
-            if target is not None and at_target is not None:
-                inside = within(target, classes.start, w.shape[0])
-                add_targets(None, exact, None, xs, w, inside, at_target)
-            exact_dw.append(exact)
-        off, whole = torch.cat(off_dw), torch.cat(exact_dw)  # (n, P)
-        size = whole.norm(dim=1)
-        by_class = off.norm(dim=1) / torch.where(size == 0, torch.inf, size)
-        return Errors(
-            _ratio(off_dx.norm(), exact_dx.norm()),
-            _ratio(off.norm(), whole.norm()),
-            float(by_class.nanmedian()),
-        )
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part / whole) if float(whole) else float(part > 0)
-
-
-class NearFarReport(NamedTuple):
-    """What became of the gradients of one call, scalars.
-
-    Attributes:
-        near_fraction: columns that were near, of those of all blocks of rows.
-        far_mass: Σ of the far |dz| over Σ |dz|, targets apart, of the rows that were not dense.
-        dense_fraction: rows whose gradient was dense after all.
-        error_dx: relative error of dx, the largest that was measured on a sample of a chunk.
-        error_dw: likewise of dw.
-        error_class: likewise of a class's row of dw relative to itself, for the median class.
-
-    Example:
-        >>> import torch, lossops
-        >>> x, w = torch.randn(256, 8, requires_grad=True), torch.randn(500, 8)
-        >>> found = lossops.linear_cross_entropy(
-        ...     x, w, torch.arange(256), near_threshold="auto", outputs=("near_far",)
-        ... )
-        >>> found.near_far.dense_fraction  # random logits have no peaks: the exact gradient
-        tensor(1.)
-    """
-
-    near_fraction: Tensor
-    far_mass: Tensor
-    dense_fraction: Tensor
-    error_dx: Tensor
-    error_dw: Tensor
-    error_class: Tensor
-
-
-class Tally:
-    """Counts of a call, for its report."""
-
-    def __init__(self) -> None:
-        self.near = self.columns = self.dense = self.rows = 0.0
-        self.far_mass = self.mass = 0.0
-        self.errors = Errors(0.0, 0.0, 0.0)
-
-    def add(self, far: FarSums, rows: int, dense: bool) -> None:
-        self.near += float(far.near.sum())
-        self.columns += far.near.numel()
-        self.rows += rows
-        self.dense += rows * dense
-
-    def saw(self, errors: Errors) -> None:
-        self.errors = Errors(*(max(a, b) for a, b in zip(self.errors, errors, strict=True)))
-
-    def tensor(self, like: Tensor) -> Tensor:
-        report = (
-            self.near / max(self.columns, 1.0),
-            self.far_mass / self.mass if self.mass else 0.0,
-            self.dense / max(self.rows, 1.0),
-            *self.errors,
-        )
-        return torch.tensor(report, dtype=accumulate_dtype(like.dtype), device=like.device)

@@ -20,19 +20,15 @@ from lossops.near_far import (
     BLOCK,
     FLUSH,
     GROUP,
-    MAX_NEAR,
     ROWS,
-    THRESHOLDS,
     Constants,
-    Errors,
     FarSums,
     NearFar,
-    Probe,
-    Tally,
     alike_rows,
     far_products,
     near_products,
 )
+from lossops.near_far_errors import Certificate, Tally, Trial, too_near
 from lossops.reference import accumulate_dtype, add_targets, scaled_rows, target_gradient, within
 from lossops.schedules import Gradients, Head, Needs, RowFunction, row_stride
 from lossops.statistics import outputs
@@ -90,7 +86,7 @@ def one_sweep(
         dx = x.new_zeros(n, d, dtype=acc)
         dx[order] = sweep.dx
     gradients = Gradients(dx if needs.dx else None, sweep.dw, sweep.db, dscale)
-    return found, gradients, sweep.tally.tensor(x)
+    return found, gradients, sweep.report()
 
 
 def any_one_sweep(
@@ -126,6 +122,7 @@ class _Chunks:
         self.trial = Trial(self.xs, w, primitives, near) if any(needs) else None
         self.constants = Constants(head)
         self.tally = Tally()
+        self.certificate = Certificate(self.xs, w) if near.certificate else None
         self.seen = self.refused = 0  # chunks, and those among them whose gradient was dense
         self.kept: list[FarSums] = []
         self.live = False  # whether there is anything in them
@@ -164,6 +161,8 @@ class _Chunks:
             mass = near_products(m, factor, far.near, self.xs[rows], head.w, dx, self.dw, self.db)
             self.tally.mass += mass
             self.live = True
+            if self.certificate is not None:
+                self.certificate.add(m, factor, far, rows)
         self.keep(far)
         if target is not None and at_target is not None:
             add_targets(dx, self.dw, self.db, self.xs[rows], head.w, target, at_target)
@@ -209,6 +208,13 @@ class _Chunks:
         self.flush()
         self.constants.add(self.xs, self.head.w, self.dx, self.dw, self.db)
 
+    def report(self) -> Tensor:
+        """The values of a `NearFarReport`, once all is done."""
+        bounds = (torch.nan, torch.nan)
+        if self.certificate is not None:
+            bounds = self.certificate.relative(self.dx, self.dw)
+        return self.tally.tensor(self.xs, bounds)
+
     def flush(self) -> None:
         """Multiply out the far sums that are kept."""
         if not self.kept:
@@ -219,45 +225,6 @@ class _Chunks:
             far = FarSums.cat(self.kept)
             far_products(far, self.xs[rows], self.head.w, dx, self.dw, self.db)
         self.flushed, self.kept, self.live = rows.stop, [], False
-
-
-class Trial:
-    """Finds out whether the far form of some rows is good, and at which threshold."""
-
-    def __init__(self, xs: Tensor, w: Tensor, primitives: ModuleType, near: NearFar) -> None:
-        self.probe, self.primitives, self.near = Probe(xs, w), primitives, near
-        self.thresholds = THRESHOLDS if near.target_error else (near.threshold,)
-
-    def __call__(
-        self,
-        m: Tensor,
-        factor: Tensor,
-        g: Tensor,
-        rows: slice,
-        target: Tensor | None,
-        at_target: Tensor | None,
-    ) -> tuple[FarSums, Errors | None]:
-        """Far sums of M = factor · m and their errors, None where the gradient has to be dense.
-
-        Of several thresholds the first that is good is taken; later rows start from there.
-        """
-        for i, threshold in enumerate(self.thresholds):
-            limit = threshold * g
-            far = FarSums.of(self.primitives.far_sums(m, factor, limit, BLOCK, GROUP))
-            if too_near(far, factor):
-                break
-            errors = self.probe.errors(m, factor, far, rows, target, at_target)
-            if errors.within(self.near):
-                self.thresholds = self.thresholds[i:]
-                return far, errors
-        return far, None
-
-
-def too_near(far: FarSums, factor: Tensor) -> bool:
-    """Whether too much is near, or something is not finite, which would spread over a block."""
-    if float(far.near.sum()) > MAX_NEAR * far.near.numel():
-        return True
-    return not bool(factor.isfinite().all() and far.r_abs.isfinite().all())
 
 
 def _scale(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ HEAD = (
 )
 LOGITS = "Tensor logits, Tensor? target, Tensor? class_vector, Tensor? teacher, str[] names"
 TERMS = "Tensor? nll, Tensor? lse, Tensor? smooth, Tensor? taught, Tensor? square"
-NEAR = "float near_threshold=0., float near_target_error=0."  # 0: dense gradients
+NEAR = (  # 0: dense gradients
+    "float near_threshold=0., float near_target_error=0., bool near_certificate=False"
+)
 
 library = torch.library.Library("lossops", "DEF")
 library.define(f"linear_statistics({HEAD}, str backend) -> Tensor[]")
@@ -123,10 +125,11 @@ def _linear_gradient(
     backend: str,
     near_threshold: float = 0.0,
     near_target_error: float = 0.0,
+    near_certificate: bool = False,
 ) -> tuple[Tensor, ...]:
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
     call = (head, statistics, coefficients, Needs(*needs), _primitives(backend, x))
-    near = NearFar(near_threshold, near_target_error)
+    near = NearFar(near_threshold, near_target_error, near_certificate)
     found = (
         near_far_sweep.two_sweeps_gradient(*call, near) if near.on else two_sweeps_gradient(*call)
     )
@@ -153,6 +156,7 @@ def _linear_cross_entropy(
     backend: str,
     near_threshold: float = 0.0,
     near_target_error: float = 0.0,
+    near_certificate: bool = False,
 ) -> tuple[Tensor, ...]:
     check_target(target, w.shape[0])
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
@@ -175,7 +179,7 @@ def _linear_cross_entropy(
     wanted = [o for o in order if o not in ("shift", "max", *INDEX_OUTPUTS)]
     losses, gradients, report = near_far_sweep.any_one_sweep(
         head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index,
-        NearFar(near_threshold, near_target_error), terms.row_scale,
+        NearFar(near_threshold, near_target_error, near_certificate), terms.row_scale,
     )  # fmt: skip
     return tuple(flatten_none([losses.sum(), argmax, *gradients, report], x))
 
@@ -253,7 +257,7 @@ def _fake_linear_cross_entropy(
     x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, *rest: object
 ) -> tuple[Tensor, ...]:
     needs, names = Needs(*rest[10]), rest[4]  # type: ignore[misc]
-    near = NearFar(*rest[13:15])  # type: ignore[arg-type]
+    near = NearFar(*rest[13:16])  # type: ignore[arg-type]
     acc = accumulate_dtype(x.dtype)
     argmax = x.new_empty(x.shape[0] if "max" in names else 0, dtype=torch.int64)  # type: ignore[operator]
     return (

@@ -40,6 +40,8 @@ class LinearLossOptions:
         near_target_error: with ``near_threshold="auto"``, the error of dx and of dw that the
             threshold is chosen for: an estimate, relative to their norms, measured on a sample of
             the rows and features. None takes the default threshold. Default: ``None``.
+        near_certificate: whether a `NearFarReport` has upper bounds of the errors, at the cost of
+            one more pass and V·D² products. Default: ``False``.
 
     Example:
         >>> import lossops
@@ -51,6 +53,7 @@ class LinearLossOptions:
     max_workspace_bytes: int = 512 * MIB
     chunk_rows: int | None = None
     near_target_error: float | None = None
+    near_certificate: bool = False
 
     def __post_init__(self) -> None:
         choices = ("auto", "one_sweep", "two_sweeps")

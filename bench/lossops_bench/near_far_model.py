@@ -76,7 +76,7 @@ def train_head(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        on_step(step, loss.item(), 60 ** -1 * (time.perf_counter() - started))
+        on_step(step, loss.item(), 60**-1 * (time.perf_counter() - started))
         if now - saved > SAVE_EVERY:
             _save(model, text, options, path, step, (now - started) / 60)
             saved = now
