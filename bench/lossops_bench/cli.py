@@ -45,6 +45,7 @@ def build_app() -> typer.Typer:
     from lossops_bench.demo import demo_command
     from lossops_bench.heads import heads_command
     from lossops_bench.identities import identities_command
+    from lossops_bench.near_far import near_far_command
     from lossops_bench.partial_fc import partial_fc_command
     from lossops_bench.race import race_command
     from lossops_bench.ring import ring_command
@@ -61,6 +62,7 @@ def build_app() -> typer.Typer:
     app.command("heads")(heads_command)
     app.command("partial-fc")(partial_fc_command)
     app.command("identities")(identities_command)
+    app.command("near-far")(near_far_command)
     app.command("demo")(demo_command)
     app.command("race")(race_command)
     app.command("towers")(towers_command)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import lossops
@@ -27,7 +28,15 @@ from lossops.near_far import DEFAULT_THRESHOLD
 from lossops_bench.demo_data import Corpus
 from lossops_bench.demo_train import HeadLoss, LanguageModel, TrainOptions, batches
 
-__all__ = ["WAYS", "Point", "dropping_cross_entropy", "train_way", "write_points"]
+__all__ = [
+    "WAYS",
+    "Point",
+    "dropping_cross_entropy",
+    "read_points",
+    "train_way",
+    "write_curves",
+    "write_points",
+]
 
 EVAL_TOKENS = 16384
 RARE_POSITIONS = 512
@@ -167,3 +176,36 @@ def write_points(path: Path, points: Sequence[Point]) -> None:
         writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(point) for point in points)
+
+
+def read_points(path: Path) -> list[Point]:
+    """What `write_points` wrote."""
+    with path.open(newline="") as file:
+        return [
+            Point(row.pop("way"), int(row.pop("step")), **{k: float(v) for k, v in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+COLOURS = {"dense": "#6b747b", "near/far": "#0b7a75", "dropping": "#b8322a"}
+
+
+def write_curves(path: Path, points: Sequence[Point]) -> None:
+    """Held-out loss by steps, of all words and of rare ones."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, field, title in zip(
+        panels, ("loss", "rare_loss"), ("all words", "rarest tenth of the vocabulary"), strict=True
+    ):
+        for way, colour in COLOURS.items():
+            own = [p for p in points if p.way == way]
+            panel.plot(
+                [p.step for p in own], [getattr(p, field) for p in own], label=way, color=colour,
+                linestyle="--" if way == "near/far" else "-", linewidth=2,
+            )  # fmt: skip
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_xlabel("step")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out loss, nats")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
