@@ -52,7 +52,7 @@ class _Dropping(torch.autograd.Function):
         loss = -log_p[rows, y].mean()
         p = log_p.exp_()
         p[rows, y] -= 1
-        p[p.abs() <= DEFAULT_THRESHOLD] = 0.0
+        p.masked_fill_(p.abs() <= DEFAULT_THRESHOLD, 0.0)
         dz = (p / len(y)).to(x.dtype)
         ctx.save_for_backward(dz @ w, dz.T @ x)
         return loss
