@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from lossops.near_far import DEFAULT_THRESHOLD
 from lossops_bench import partial_fc
 from lossops_bench.cli import build_app
 from lossops_bench.contenders import (
@@ -26,10 +27,12 @@ from lossops_bench.contenders import (
     FactoredHead,
     Head,
 )
+from lossops_bench.demo_data import Corpus, Vocabulary
 from lossops_bench.heads import LEAST_STEPS, RIVALS, ROUNDS, Work, head_rows, measure_heads
 from lossops_bench.identities import Identities, Run, train
 from lossops_bench.identities import Options as IdentityOptions
 from lossops_bench.inputs import log_uniform
+from lossops_bench.near_far_training import dropping_cross_entropy
 from lossops_bench.partial_fc import TRAINERS, measure_steps
 from lossops_bench.partial_fc import Work as StepWork
 from lossops_bench.race import HEADS, parse_entry
@@ -343,3 +346,48 @@ def test_identities_refuses_rates_that_are_none() -> None:
     for rates in ("0.1,2", "half"):
         result = CliRunner().invoke(build_app(), ["identities", "--rates", rates])
         assert result.exit_code == 2
+
+
+def test_near_far_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head is trained, measured and drawn, and the demo's model trained each way."""
+    monkeypatch.setattr("lossops_bench.near_far.load_corpus", small_corpus)
+    runner = CliRunner()
+    command = ["near-far", "--smoke", "--steps", "2", "--out", str(tmp_path)]
+    result = runner.invoke(build_app(), command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    for way in ("trained float32: near/far", "random float32: dense", "dropping"):
+        assert way in result.output
+    for name in ("near-far.json", "frontier.csv", "training.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    for name in ("frontier.png", "classes.png", "training.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    rows = json.loads((tmp_path / "near-far.json").read_text())
+    dense = next(r for r in rows if r["way"] == "dense")
+    assert dense["error_dx"] < 1e-5
+    assert dense["of_dense"] == [1.0]
+    again = runner.invoke(build_app(), [*command[:2], *command[4:]], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert "head" in again.output
+
+
+def small_corpus(*_: object) -> Corpus:
+    """Words that follow each other, with a tail of rare ones."""
+    words = torch.arange(30_000) % 700
+    words[::7] = torch.randint(700, 3000, (len(words[::7]),))
+    stream = words.int().numpy()
+    names = tuple(map(str, range(3000)))
+    return Corpus(stream[:28_000], stream[28_000:], Vocabulary(names), 3000, 1, False)
+
+
+def test_dropping_loses_what_is_small() -> None:
+    """PyTorch's loss; the gradient lacks the entries below the threshold, no others."""
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(9000, 4, requires_grad=True)
+    y = torch.randint(9000, (5,))
+    loss = dropping_cross_entropy(x, w, y)
+    assert torch.allclose(loss, F.cross_entropy(x @ w.T, y))
+    dz = (x @ w.T).softmax(1).detach() - F.one_hot(y, 9000)
+    dz[dz.abs() <= DEFAULT_THRESHOLD] = 0.0
+    assert 0 < (dz != 0).sum() < dz.numel() / 2
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    assert torch.allclose(dx, dz @ w / 5, atol=1e-6)
+    assert torch.allclose(dw, dz.T @ x / 5, atol=1e-6)

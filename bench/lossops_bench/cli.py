@@ -80,7 +80,7 @@ def list_command() -> None:
 
 
 def run_command(
-    case: Annotated[str, typer.Argument(help="One of the cases that `list` shows.")],
+    case: Annotated[str, typer.Argument(help="One of those that `list` shows, or near_far.")],
     shape: Annotated[
         list[str] | None, typer.Option(help="N,D,V or NAME or NAME:N; may be repeated.")
     ] = None,
@@ -97,6 +97,11 @@ def run_command(
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. PNG.")] = None,
 ) -> None:
     """Measure the rivals of a case, side by side."""
+    if case == "near_far":  # its inputs come out of a training: a command with options of its own
+        from lossops_bench.near_far import near_far_command
+
+        near_far_command()
+        return
     chosen = _case(case)
     competing = _rivals(chosen, rivals)
     _check_device(device)
