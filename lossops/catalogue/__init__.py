@@ -7,15 +7,34 @@ to use which.
 
 from typing import Any
 
-from lossops.catalogue import confidence, robust, selection
+from lossops.catalogue import (
+    confidence,
+    contrastive,
+    distillation,
+    elementwise,
+    heads,
+    robust,
+    selection,
+    tokens,
+)
+from lossops.catalogue.distillation import dino_center
+from lossops.catalogue.heads import adaptive_lambda
 from lossops.catalogue.recipe import RECIPES, CatalogueModule, Recipe
 from lossops.catalogue.selection import previous_tokens, ramp, running_log_partition
+from lossops.catalogue.tokens import min_k_scores
 
 _FACES: dict[str, Any] = {recipe.face.__name__: recipe.face for recipe in RECIPES.values()}
 _MODULES: dict[str, Any] = {
     recipe.module.__name__: recipe.module for recipe in RECIPES.values() if recipe.module
 }
-_HELPERS = ("previous_tokens", "ramp", "running_log_partition")
+HELPERS = (
+    "adaptive_lambda",
+    "dino_center",
+    "min_k_scores",
+    "previous_tokens",
+    "ramp",
+    "running_log_partition",
+)
 globals().update(_FACES | _MODULES)
 
-__all__ = ["RECIPES", "Recipe", *_HELPERS, *_FACES, *_MODULES]  # noqa: PLE0604
+__all__ = ["RECIPES", "Recipe", *HELPERS, *_FACES, *_MODULES]  # noqa: PLE0604

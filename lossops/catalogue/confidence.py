@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between
 from lossops.catalogue.recipe import recipe
+from lossops.reference import stable
 from lossops.statistics import RowStatistics
 
 FAMILY = "Confidence and calibration"
@@ -161,6 +162,27 @@ def linear_max_sup_loss(s: RowStatistics, *, lam: float | Tensor = 0.1) -> Tenso
     top = torch.where(s.relative("target") >= s.relative("max"), s.relative("target"),
                       s.relative("max"))  # fmt: skip
     return -s.log_p + lam * (top - s.relative("average"))
+
+
+@recipe(
+    family=FAMILY,
+    use="softmax without exponentials: float32 does not collapse once all rows are right",
+    names=("target", "stable_sum"),
+)
+def linear_stable_max_loss(s: RowStatistics) -> Tensor:
+    """StableMax cross-entropy: softmax with a slowly growing function for the exponential.
+
+    loss = log Σ_j s(z_j) - log s(z_y),   s(z) = 1 + z for z ≥ 0, 1 / (1 - z) below
+
+    Note:
+        The authors' code computes it in float64; here the sum over the other classes is apart from
+        the target, so that float32 keeps the digits of rows that are right.
+
+    Reference:
+        Prieto, Barsbey, Mediano, Birdal, Grokking at the Edge of Numerical Stability,
+        arXiv 2501.04697
+    """
+    return torch.log1p(s.stable_sum / stable(s.target))
 
 
 @recipe(family=FAMILY, use="keeps logits small", names=("lse", "target", "sumsq"))

@@ -46,7 +46,7 @@ def face_docstring(
         "Returns": given.get("Returns", FACE),
         "Raises": given.get("Raises", RAISES),
         "Note": given.get("Note", ""),
-        "Example": given.get("Example", _example(name, positional, example)),
+        "Example": given.get("Example") or _example(name, positional, example),
         "Reference": given.get("Reference", ""),
     }
     parts = [given[""]]

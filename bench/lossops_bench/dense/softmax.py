@@ -140,6 +140,12 @@ def max_sup(z: Tensor, y: Tensor, lam: float) -> Tensor:
     return F.cross_entropy(z, y, reduction="none") + lam * (z.max(-1).values - z.mean(-1))
 
 
+@dense()
+def stable_max(z: Tensor, y: Tensor) -> Tensor:
+    s = torch.where(z >= 0, z + 1, 1 / (1 - torch.where(z < 0, z, 0.0)))
+    return s.sum(-1).log() - of_target(s, y).log()
+
+
 @dense({"beta": 2e-3}, {"beta": 0.1})
 def logit_penalty(z: Tensor, y: Tensor, beta: float) -> Tensor:
     return F.cross_entropy(z, y, reduction="none") + beta / 2 * z.square().sum(-1)
@@ -242,3 +248,9 @@ def one_vs_rest(z: Tensor, y: Tensor) -> Tensor:
 @dense(extras=lambda draw: {"log_partition": 3 + draw.uniform(*draw.lead)})
 def meco(z: Tensor, y: Tensor, log_partition: Tensor) -> Tensor:
     return (z.logsumexp(-1) - log_partition).exp() - 1 + log_partition - of_target(z, y)
+
+
+@dense()
+def uniform_kl(z: Tensor, y: Tensor) -> Tensor:
+    uniform = torch.full_like(z, 1 / z.shape[-1])
+    return F.kl_div(z.log_softmax(-1), uniform, reduction="none").sum(-1)

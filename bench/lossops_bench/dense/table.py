@@ -46,13 +46,16 @@ class Dense:
     """One loss in plain PyTorch."""
 
     losses: Losses
-    """Losses (N,) of logits and ids; of features, weight and ids where ``of_features``."""
+    """Losses (N,) of logits and ids; of features, weight and ids where ``of_features``; of the
+    ``leaves`` alone where there are any."""
     variants: tuple[Mapping[str, Any], ...]
     """Own arguments of the recipe to test with; the benchmark takes the first."""
     extras: Extras | None
     """Further arguments that are tensors."""
     lead: tuple[int, ...]
     """Leading dims of the features in tests; a sequence loss needs two."""
+    leaves: Callable[[Draw], tuple[Tensor, ...]] | None
+    """What is differentiated, where that is not features and a weight."""
     of_features: bool
     whole: bool
     """Whether ``losses`` gives the reduced loss itself."""
@@ -70,6 +73,7 @@ def dense(
     *variants: Mapping[str, Any],
     extras: Extras | None = None,
     lead: tuple[int, ...] = (11,),
+    leaves: Callable[[Draw], tuple[Tensor, ...]] | None = None,
     of_features: bool = False,
     whole: bool = False,
     weighted: bool = True,
@@ -79,7 +83,15 @@ def dense(
 
     def enter(losses: Losses) -> Losses:
         DENSE[losses.__name__] = Dense(
-            losses, variants or ({},), extras, lead, of_features, whole, weighted, least_classes
+            losses,
+            variants or ({},),
+            extras,
+            lead,
+            leaves,
+            of_features or leaves is not None,
+            whole,
+            weighted,
+            least_classes,
         )
         return losses
 
