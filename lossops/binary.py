@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 GUMBEL_MOST = 20.0
 """The largest loss of a positive of the kind "gumbel"."""
 

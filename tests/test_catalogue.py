@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import DTYPES, FLOOR, assert_no_worse, value_and_gradients
-from lossops_bench.dense import DENSE, Dense, Draw
 from torch import Tensor, nn
 
 from lossops import LinearLossOptions, catalogue
 from lossops.reference import accumulate_dtype
+from lossops_bench.dense import DENSE, Dense, Draw
 
 RECIPES = catalogue.RECIPES
 EVERY = pytest.mark.parametrize("name", RECIPES)
@@ -199,9 +199,7 @@ def test_nothing_counted_is_zero(name: str, backend: str) -> None:
     for rows in (5, 0):
         case = Case(name, rows=rows)
         case.targets = (torch.full_like(case.y, -100),)
-        found = value_and_gradients(
-            lambda *t, c=case: c.ours(*t, backend=backend), case.leaves
-        )
+        found = value_and_gradients(lambda *t, c=case: c.ours(*t, backend=backend), case.leaves)
         assert not any(t.any() for t in found)
 
 
@@ -229,8 +227,11 @@ def test_huge_logits(name: str, backend: str) -> None:
         if c.isfinite().all() and float(c.abs().max()) < 1e37:
             assert a.isfinite().all(), f"{name} {what}"
             if b.isfinite().all():
-                # The definition itself is no better than 1e-15 of 1 - p in float64.
-                floor = FLOOR[a.dtype] * float(c.abs().max()) + 1e-12
+                # The definition itself is no better than 1e-15 of 1 - p in float64; and a gradient
+                # may be what is left of entries of full size, dz = 1 / N, that cancel.
+                whole = max(float(t.abs().max()) for t in case.leaves) / max(1, case.y.numel())
+                size = float(c.abs().max()) + (0.0 if what == "loss" else whole)
+                floor = FLOOR[a.dtype] * size + 1e-12
                 assert_no_worse(f"{name} {what}", a, b, c, floor=floor)
 
 
@@ -263,6 +264,12 @@ ANCHORS: dict[str, tuple[dict[str, Any], float, tuple[float, ...]]] = {
     "one_vs_rest": (
         {}, 5.23489095, (-0.119203, 0.268941, 0.622459, 0.952574, 0.075858, 0.5),
     ),
+    "stable_max": (
+        {}, 1.23214368, (-0.236111, 0.024306, 0.097222, 0.097222, 0.007937, 0.097222),
+    ),
+    "logit_clip": (
+        {}, 1.50268158, (-0.150962, 0.014961, 0.040477, 0.092425, -0.007748, 0.031599),
+    ),
     "ldr": (
         {"margin": 1.0, "lam": 2.0}, -0.12188407,
         (-0.822860, 0.065166, 0.137956, 0.481515, 0.030782, 0.107441),
@@ -280,6 +287,44 @@ def test_anchor(name: str, backend: str) -> None:
     # The authors' labels are float32, and so is their log 1e-4: 1.3e-7 off.
     assert float(found) == pytest.approx(loss, abs=1.2e-7 if "reverse" in name else 6e-9)
     torch.testing.assert_close(dz[0], z.new_tensor(gradient), rtol=0, atol=6e-7)
+
+
+# Cosines 0.6, -0.2, 0.1, 0.75, -0.5, 0 of the classes, y = 0, scale 4.
+COSINES = (0.6, -0.2, 0.1, 0.75, -0.5, 0.0)
+MARGINS: dict[str, tuple[str, dict[str, Any], float, tuple[float, ...]]] = {
+    "CosFace": (
+        "cos_face", {"margin": 0.4}, 2.43425956,
+        (-3.649349, 0.070795, 0.235048, 3.164626, 0.021323, 0.157557),
+    ),
+    "CosFace, filtered": (
+        "cos_face", {"margin": 0.4, "filter_above": 0.4}, 1.04087178,
+        (-2.587413, 0.285196, 0.946885, 0.0, 0.085899, 0.634716),
+    ),
+    "ArcFace": (
+        "arc_face", {"margin": 0.5}, 2.64419180,
+        (-4.596945, 0.072083, 0.239325, 3.222206, 0.021711, 0.160424),
+    ),
+    "ArcFace, straight through": (
+        "arc_face", {"margin": 0.5, "straight_through": True}, 2.64419180,
+        (-3.715749, 0.072083, 0.239325, 3.222206, 0.021711, 0.160424),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_anchor_of_a_margin(margin: str, backend: str) -> None:
+    """Unit vectors w_j = c_j e_0 + sin_j e_{j+1} have these cosines with e_0."""
+    name, own, loss, gradient = MARGINS[margin]
+    c = torch.tensor(COSINES, dtype=torch.float64)
+    w = torch.cat([c.unsqueeze(1), torch.diag((1 - c.square()).sqrt())], 1)
+    x, y = torch.eye(7, dtype=torch.float64)[:1], torch.tensor([0])
+    face = RECIPES[name].face
+    found, dw = value_and_gradients(
+        lambda w: face(x, w, y, scale=4.0, **own, backend=backend), (w,)
+    )
+    dc = dw[:, 0] / (1 - c.square())  # dw_j = dc_j (x - c_j w_j)
+    assert float(found) == pytest.approx(loss, abs=6e-9)
+    torch.testing.assert_close(dc, c.new_tensor(gradient), rtol=0, atol=1e-6)
 
 
 LEARNED = {

@@ -324,7 +324,9 @@ def test_rows_of_infinities_have_finite_gradients() -> None:
 def test_statistics_are_relative_to_a_shift_that_takes_all_of_an_offset() -> None:
     z, _, t = tensors()
     target = TARGETS["one"]
-    names = canonical([n for n in NAMES if n not in ("softplus", "stable_sum", "weighted_sum", "lse<0.3")])
+    names = canonical(
+        [n for n in NAMES if n not in ("softplus", "stable_sum", "weighted_sum", "lse<0.3")]
+    )
     here = reference.logits_statistics(z, target, None, t, names)
     there = reference.logits_statistics(z + 1e4, target, None, t, names)
     for output, a, b in zip(outputs(names), here, there, strict=True):

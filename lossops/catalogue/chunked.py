@@ -4,7 +4,7 @@
 
 F is plain PyTorch on the logits (R, V) of R rows; autograd gives dz of the chunk, and the backend's
 primitives turn it into dx and dw, as the ``teacher`` term whose basis is dz itself. 3 GEMMs, a
-buffer (R, V) and what F allocates; distillation has the teacher's logits of the same rows in another.
+buffer (R, V) and what F allocates; distillation has the teacher's logits of the same rows beside.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Softmax losses that weigh rows, or logits, by confidence.
 
 With p the softmax probability of the target: focal losses fade where p is high, the encouraging
-loss does the opposite, PolyLoss bends cross-entropy, and penalties on the logits keep it calibrated.
+loss does the opposite, PolyLoss bends cross-entropy, and penalties on logits keep it calibrated.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ def linear_focal_loss(s: RowStatistics, *, gamma: float | Tensor = 2.0) -> Tenso
     return -(gamma * s.log_1mp).exp() * s.log_p
 
 
-@recipe(family=FAMILY, use="calibration: focal loss that also watches the next class",
-        names=("lse", "target", "below_target"), example={"gamma": 5.0})  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="calibration: focal loss that also watches the next class",
+    names=("lse", "target", "below_target"),
+    example={"gamma": 5.0},
+)
 def linear_dual_focal_loss(s: RowStatistics, *, gamma: float | Tensor) -> Tensor:
     """Dual focal loss: focal in the gap between the target and the class just below it.
 
@@ -124,8 +128,11 @@ def linear_encouraging_loss(s: RowStatistics, *, log_end: float = 0.75) -> Tenso
     return torch.where(s.log_1mp >= math.log(end), -s.target_minus_lse, tangent - s.log_p)
 
 
-@recipe(family=FAMILY, use="accuracy and calibration without a parameter",
-        names=("lse", "target", "sumsq"))  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="accuracy and calibration without a parameter",
+    names=("lse", "target", "sumsq"),
+)
 def linear_squentropy_loss(s: RowStatistics, *, rescale: float | Tensor = 1.0) -> Tensor:
     """Squentropy: cross-entropy plus the mean square of the other logits.
 
@@ -141,15 +148,18 @@ def linear_squentropy_loss(s: RowStatistics, *, rescale: float | Tensor = 1.0) -
     return -s.log_p + rescale / max(1, s.num_classes - 1) * squares
 
 
-@recipe(family=FAMILY, use="label smoothing that does not sharpen wrong rows",
-        names=("lse", "target", "max", "sum"))  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="label smoothing that does not sharpen wrong rows",
+    names=("lse", "target", "max", "sum"),
+)
 def linear_max_sup_loss(s: RowStatistics, *, lam: float | Tensor = 0.1) -> Tensor:
     """MaxSup: label smoothing that pulls down the largest logit in place of the target's.
 
     loss = -log p + λ (max_j z_j - z̄)
 
-    The authors raise λ from 0.1 to 0.2 over the epochs: ``catalogue.ramp(epoch, epochs, 0.1, 0.2)``.
-    Label smoothing itself is ``lossops.linear_cross_entropy(..., label_smoothing=λ)``, with z_y for
+    The authors raise λ from 0.1 to 0.2: ``lam=catalogue.ramp(epoch, epochs, 0.1, 0.2)``. Label
+    smoothing itself is ``lossops.linear_cross_entropy(..., label_smoothing=λ)``, with z_y for
     the largest logit.
 
     Args:
@@ -197,8 +207,12 @@ def linear_logit_penalty_loss(s: RowStatistics, *, beta: float | Tensor = 2e-3) 
     return -s.log_p + beta / 2 * s.sumsq
 
 
-@recipe(family=FAMILY, use="spread predictions: a bonus for entropy",
-        names=("lse", "target", "entropy"), example={"beta": 0.1})  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="spread predictions: a bonus for entropy",
+    names=("lse", "target", "entropy"),
+    example={"beta": 0.1},
+)
 def linear_confidence_penalty_loss(s: RowStatistics, *, beta: float | Tensor) -> Tensor:
     """Cross-entropy with a bonus for the entropy of the prediction.
 
@@ -223,8 +237,12 @@ def linear_brier_loss(s: RowStatistics) -> Tensor:
     return error_square(s)
 
 
-@recipe(family=FAMILY, use="discrete Bayesian flow networks", names=("lse", "target", "lse@2"),
-        rows=("time",))  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="discrete Bayesian flow networks",
+    names=("lse", "target", "lse@2"),
+    rows=("time",),
+)
 def linear_bayesian_flow_loss(s: RowStatistics, *, time: Tensor, accuracy: float = 1.0) -> Tensor:
     """Continuous-time loss of Bayesian flow networks for discrete data.
 

@@ -4,7 +4,7 @@ Features are used as given: normalise them first. Of N pairs, row i of ``first``
 belong together; s is x·w.
 
     decoupled      -s_ii / T + log Σ over the negatives alone
-    debiased       log(1 + G / e^{s_ii / T}),   G estimated from negatives of which some are positive
+    debiased       log(1 + G / e^{s_ii / T}),   G from negatives of which some are positive
     GE2E           utterances against centroids of speakers
 
 All are `lossops.linear_loss` over the features of the batch, or `lossops.softmax_pairwise_loss`, in
@@ -39,8 +39,13 @@ FIRST = "features of one view, (N, D) floating point."
 SECOND = "features of the other view, (N, D)."
 
 
-@composed(family=FAMILY, use="small batches: positives do not push themselves away",
-          statistics=("lse", "target"), memory=ONE_SWEEP, head=PAIRS)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="small batches: positives do not push themselves away",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
 def decoupled_contrastive_loss(
     first: Tensor,
     second: Tensor,
@@ -51,10 +56,11 @@ def decoupled_contrastive_loss(
 ) -> Tensor:
     """Decoupled contrastive learning (DCL, DCLW), of the first view against both.
 
-    loss_i = -a_i s_ii / T + log Σ_{j ≠ i} (e^{s(first_i, second_j) / T} + e^{s(first_i, first_j) / T})
+    loss_i = -a_i s_ii / T + log Σ_{j ≠ i} (e^{s_ij / T} + e^{r_ij / T})
 
-    a = 1, or with ``weight_temperature`` σ (DCLW; the authors take 0.5) 2 - N softmax_i(s_ii / σ).
-    The authors add the loss with the views exchanged.
+    s: first by second, r: first by first; a = 1, or with ``weight_temperature`` σ (DCLW; the
+    authors take 0.5) a_i = 2 - N softmax_i(s_ii / σ). The authors add the loss with the views
+    exchanged.
 
     Args:
         first: features of one view, (N, D) floating point.
@@ -90,8 +96,13 @@ def decoupled_contrastive_loss(
     return plain + _reduced((1 - factor) * own / temperature, head["reduction"])
 
 
-@composed(family=FAMILY, use="speaker verification: SimCLR with a margin",
-          statistics=("lse", "target"), memory=ONE_SWEEP, head=PAIRS)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="speaker verification: SimCLR with a margin",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
 def nt_xent_margin_loss(
     first: Tensor,
     second: Tensor,
@@ -135,8 +146,13 @@ def nt_xent_margin_loss(
     )  # fmt: skip
 
 
-@composed(family=FAMILY, use="negatives that may be positives", statistics=("lse", "target"),
-          memory=ONE_SWEEP, head=PAIRS)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="negatives that may be positives",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
 def debiased_contrastive_loss(
     first: Tensor,
     second: Tensor,
@@ -173,9 +189,14 @@ def debiased_contrastive_loss(
     return _debiased(first, second, head, temperature, tau_plus, 0.0)
 
 
-@composed(family=FAMILY, use="hard negatives without mining them",
-          statistics=("lse@1+β", "lse@β", "target"), memory=ONE_SWEEP, head=PAIRS,
-          example={"beta": 1.0})  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="hard negatives without mining them",
+    statistics=("lse@1+β", "lse@β", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+    example={"beta": 1.0},
+)
 def hard_negative_contrastive_loss(
     first: Tensor,
     second: Tensor,
@@ -231,7 +252,7 @@ def _debiased(
     between("tau_plus", tau_plus, 0, 1 - 1e-9)
     both, partner, self_ids = _both_views(first, second)
     n = both.shape[0] - 2
-    hard = (lse_at(1 + beta), lse_at(beta)) if beta else ("lse",)
+    hard = [lse_at(1 + beta), lse_at(beta)] if beta else ["lse"]
 
     def loss_fn(s: RowStatistics) -> Tensor:
         own = s.relative("target")[:, 0]
@@ -248,8 +269,13 @@ def _debiased(
     )  # fmt: skip
 
 
-@composed(family=FAMILY, use="speaker verification", statistics=("lse", "target", "max"),
-          memory=f"{ONE_SWEEP} of the J centroids", head=PAIRS)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="speaker verification",
+    statistics=("lse", "target", "max"),
+    memory=f"{ONE_SWEEP} of the J centroids",
+    head=PAIRS,
+)
 def ge2e_loss(
     embeddings: Tensor,
     head: dict[str, Any],
@@ -289,8 +315,7 @@ def ge2e_loss(
     check_float("embeddings", embeddings)
     if embeddings.ndim != 3 or embeddings.shape[1] < 2:
         raise ValueError(
-            "embeddings must have shape (J, M, D) with M at least 2, got "
-            f"{tuple(embeddings.shape)}"
+            f"embeddings must have shape (J, M, D) with M at least 2, got {tuple(embeddings.shape)}"
         )
     speakers, utterances, _ = embeddings.shape
     acc = accumulate_dtype(embeddings.dtype)
@@ -316,9 +341,13 @@ def ge2e_loss(
     )  # fmt: skip
 
 
-@composed(family=FAMILY, use="dense retrieval: each candidate against the positive, pair by pair",
-          statistics=("softplus", "target"), memory=f"{ONE_SWEEP}, copies of x and w with two columns",
-          head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"))  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="dense retrieval: each candidate against the positive, pair by pair",
+    statistics=("softplus", "target"),
+    memory=f"{ONE_SWEEP}, copies of x and w with two columns",
+    head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"),
+)
 def linear_pairwise_logistic_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any]
 ) -> Tensor:

@@ -39,8 +39,13 @@ PAIRED = "two chunks of logits and some temporaries, 3 GEMMs and the teacher's o
 KINDS = ("kl", "reverse_kl", "jsd", "binary_kl")
 
 
-@composed(family=FAMILY, use="a teacher with the same classes", statistics="logits of a chunk of rows",
-          memory=PAIRED, head=SOFT)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="a teacher with the same classes",
+    statistics="logits of a chunk of rows",
+    memory=PAIRED,
+    head=SOFT,
+)
 def linear_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -55,7 +60,7 @@ def linear_distillation_loss(
 
     loss = T² Σ_j e^{t_j} (t_j - s_j),   t = log softmax(z_teacher / T), s = log softmax(z / T)
 
-    and for ``kind`` other than ``"kl"``: ``"reverse_kl"`` the same with t and s exchanged; ``"jsd"``
+    and for another ``kind``: ``"reverse_kl"`` the same with t and s exchanged; ``"jsd"``
     β KL(t ‖ m) + (1 - β) KL(s ‖ m) with m the mixture; ``"binary_kl"`` a divergence per class,
     Σ_j softplus(u_j) - u_j / 2 - log 2 with u = (z - z_teacher) / T, as of dual heads.
 
@@ -103,8 +108,13 @@ def linear_distillation_loss(
     return _against(input, linear_weight, teacher, head, divergence)
 
 
-@composed(family=FAMILY, use="self-supervised prototypes", statistics="logits of a chunk of rows",
-          memory=PAIRED, head=SOFT)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="self-supervised prototypes",
+    statistics="logits of a chunk of rows",
+    memory=PAIRED,
+    head=SOFT,
+)
 def linear_dino_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -193,9 +203,13 @@ def dino_center(
     return momentum * center + (1 - momentum) * logits
 
 
-@composed(family=FAMILY, use="a teacher known by its K best classes, from a file or an API",
-          statistics=("lse", "target"), memory=f"{ONE_SWEEP}, N·K values", head=without(
-              "weight", "ignore_index", "softcap"))  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="a teacher known by its K best classes, from a file or an API",
+    statistics=("lse", "target"),
+    memory=f"{ONE_SWEEP}, N·K values",
+    head=without("weight", "ignore_index", "softcap"),
+)
 def linear_top_k_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,

@@ -57,10 +57,14 @@ def face_docstring(
     return "\n\n".join(parts) + "\n"
 
 
-def module_docstring(face: str, doc: str, own: Mapping[str, inspect.Parameter]) -> str:
+def module_docstring(
+    name: str, face: str, doc: str, own: Mapping[str, inspect.Parameter], bias: bool
+) -> str:
     """The docstring of the module of a recipe."""
     summary = sections(doc)[""].split("\n\n")[0]
-    named = "".join(f"    {n}: of `{face}`.\n" for n in own)
+    named = "".join(f"    {n}: of `{face}`; by call where not given here.\n" for n in own)
+    if bias:
+        named += "    bias: whether there is a bias (V,). Default: ``False``.\n"
     return f"""{summary}
 
 As `lossops.catalogue.{face}`, with its own weight.
@@ -68,9 +72,13 @@ As `lossops.catalogue.{face}`, with its own weight.
 Args:
     in_features: D.
     num_classes: V.
-{named}    bias: whether there is a bias (V,). Default: ``False``.
-    device, dtype: of the parameters.
-    options: keywords of `{face}`, of every call.
+{named}    device, dtype: of the parameters.
+    options: further keywords of `{face}`.
+
+Example:
+    >>> import lossops
+    >>> lossops.catalogue.{name}(8, 100).linear_weight.shape
+    torch.Size([100, 8])
 """
 
 

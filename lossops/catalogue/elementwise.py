@@ -22,10 +22,12 @@ FAMILY = "Multi-label"
 
 
 @composed(
-    family=FAMILY, use="long tails: an asymmetric link, no sigmoid", statistics="Σ φ(z_j)",
+    family=FAMILY,
+    use="long tails: an asymmetric link, no sigmoid",
+    statistics="Σ φ(z_j)",
     memory="a tile of logits, 3 GEMMs",
     head=some("linear_bias", "weight", "sample_weight", "reduction", "logit_scale", "backend"),
-)  # fmt: skip
+)
 def linear_gumbel_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -39,11 +41,12 @@ def linear_gumbel_loss(
 
     loss_i = Σ_{j ∉ P_i} a_j (-log(1 - η_ij)) + Σ_{j ∈ P_i} a_j p_j min(e^{-z_ij}, 20)
 
-    Logits above ``most`` count as that, with no gradient. The authors also bound logits at -4, which
-    no loss or gradient of a float32 can tell.
+    Logits above ``most`` count as that, with no gradient. The authors also bound logits at -4,
+    which no loss or gradient of a float32 can tell.
 
     Args:
-        positives: class ids (..., K) padded with -1, or as in `lossops.linear_binary_cross_entropy`.
+        positives: class ids (..., K) padded with -1, or any form that
+            `lossops.linear_binary_cross_entropy` takes.
         most: largest logit, as in the authors' code. Default: ``10.0``.
         pos_weight: p, weights of positives (V,), no gradient. Default: ``None``.
 

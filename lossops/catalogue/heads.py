@@ -35,9 +35,12 @@ UNIT = f"{ONE_SWEEP}, unit copies of x and w and their gradients"
 
 
 @composed(
-    family=FAMILY, use="verification, retrieval: an additive margin of cosines",
-    statistics=("lse", "target"), memory=UNIT, head=COSINES,
-)  # fmt: skip
+    family=FAMILY,
+    use="verification, retrieval: an additive margin of cosines",
+    statistics=("lse", "target"),
+    memory=UNIT,
+    head=COSINES,
+)
 def linear_cos_face_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -68,9 +71,12 @@ def linear_cos_face_loss(
 
 
 @composed(
-    family=FAMILY, use="verification, retrieval: an angular margin",
-    statistics=("lse", "target"), memory=UNIT, head=COSINES,
-)  # fmt: skip
+    family=FAMILY,
+    use="verification, retrieval: an angular margin",
+    statistics=("lse", "target"),
+    memory=UNIT,
+    head=COSINES,
+)
 def linear_arc_face_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -86,9 +92,9 @@ def linear_arc_face_loss(
 
     loss = -log e^{s cos(θ_y + m)} / (e^{s cos(θ_y + m)} + Σ_{j ≠ y} e^{s cos θ_j})
 
-    The derivative is the true one by default; the authors' PyTorch code passes the gradient straight
-    through, dz_y/dc_y = s: ``straight_through=True``. Past π the margin goes on as a line, which that
-    code does not have.
+    The derivative is the true one by default; the authors' PyTorch code passes the gradient
+    straight through, dz_y/dc_y = s: ``straight_through=True``. Past π the margin goes on as a line,
+    which that code does not have.
 
     Args:
         scale: s. Default: ``64.0``.
@@ -106,9 +112,12 @@ def linear_arc_face_loss(
 
 
 @composed(
-    family=FAMILY, use="all three margins at once",
-    statistics=("lse", "target"), memory=UNIT, head=COSINES,
-)  # fmt: skip
+    family=FAMILY,
+    use="all three margins at once",
+    statistics=("lse", "target"),
+    memory=UNIT,
+    head=COSINES,
+)
 def linear_combined_margin_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -154,9 +163,12 @@ def _margin_softmax(
 
 
 @composed(
-    family=FAMILY, use="long tails: every class as if it were as frequent",
-    statistics=("lse", "target"), memory=ONE_SWEEP, head=without("softcap"),
-)  # fmt: skip
+    family=FAMILY,
+    use="long tails: every class as if it were as frequent",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=without("softcap"),
+)
 def linear_logit_adjusted_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -193,14 +205,19 @@ def linear_logit_adjusted_loss(
     check_float("log_prior", log_prior)
     bias = (tau * log_prior).to(linear_weight.dtype)
     bias = bias if head["linear_bias"] is None else head["linear_bias"] + bias
-    return linear_cross_entropy(input, linear_weight, target, **{**head, "linear_bias": bias})
+    loss: Tensor = linear_cross_entropy(
+        input, linear_weight, target, **{**head, "linear_bias": bias}
+    )
+    return loss
 
 
 @composed(
-    family=FAMILY, use="noisy labels: logits of bounded length", statistics=("sumsq", "lse", "target"),
+    family=FAMILY,
+    use="noisy labels: logits of bounded length",
+    statistics=("sumsq", "lse", "target"),
     memory=f"{ONE_SWEEP}, and the norms from a D×D matrix: V·D² more multiply-adds",
     head=without("linear_bias", "softcap"),
-)  # fmt: skip
+)
 def linear_logit_clip_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -241,14 +258,17 @@ def linear_logit_clip_loss(
     long = squares > tau * tau
     factor = torch.where(long, norm / torch.where(long, squares, 1.0).sqrt(), 1.0)
     scaled = (input.to(factor.dtype) * factor.unsqueeze(-1)).to(input.dtype)
-    return linear_cross_entropy(scaled, linear_weight, target, **head)
+    loss: Tensor = linear_cross_entropy(scaled, linear_weight, target, **head)
+    return loss
 
 
 @composed(
-    family=FAMILY, use="intra-class spread of the features as a margin",
-    statistics=("lse", "target"), head=without("logit_scale", "softcap"),
+    family=FAMILY,
+    use="intra-class spread of the features as a margin",
+    statistics=("lse", "target"),
+    head=without("logit_scale", "softcap"),
     memory=f"{ONE_SWEEP}, a product w S (V, D), all in float32",
-)  # fmt: skip
+)
 def linear_shared_covariance_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -286,15 +306,19 @@ def linear_shared_covariance_loss(
     bias = ((wide @ s) * wide).sum(1) / 2
     if head["linear_bias"] is not None:
         bias = bias + head["linear_bias"].to(acc)
-    return linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
+    loss: Tensor = linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
+    return loss
 
 
 @composed(
-    family=FAMILY, use="label-distributional robustness with a temperature of its own for each row",
-    statistics=("lse", "target"), memory=ONE_SWEEP,
-    head=some("weight", "sample_weight", "reduction", "ignore_index", "logit_scale", "options",
-              "backend"),
-)  # fmt: skip
+    family=FAMILY,
+    use="label-distributional robustness with a temperature of its own for each row",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=some(
+        "weight", "sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"
+    ),
+)
 def linear_adaptive_ldr_loss(
     input: Tensor,
     linear_weight: Tensor,

@@ -22,6 +22,7 @@ from lossops.catalogue.docstrings import face_docstring, module_docstring
 from lossops.catalogue.keywords import HEAD, Keywords
 from lossops.linear import linear_loss
 from lossops.modules import _LinearHead
+from lossops.statistics import RowStatistics
 
 TARGETED = ("input", "linear_weight", "target")
 ONE_SWEEP = "a chunk of logits, 3 GEMMs"
@@ -46,6 +47,12 @@ class Recipe:
         head: the shared keywords it takes.
         rows: own arguments that hold a value per row.
         example: own arguments without default, for examples.
+
+    Example:
+        >>> import lossops
+        >>> focal = lossops.catalogue.RECIPES["focal"]
+        >>> focal.face.__name__, focal.statistics, focal.own["gamma"].default
+        ('linear_focal_loss', ('lse', 'target'), 2.0)
     """
 
     name: str
@@ -100,10 +107,21 @@ def recipe(
             by_row = {n: own.pop(n) for n in rows if own[n] is not None}
             asked = names(**own) if callable(names) else names
             learned = [t for t in own.values() if isinstance(t, Tensor) and t.requires_grad]
+
+            def loss_fn(stats: RowStatistics, **given: Tensor) -> Tensor:
+                return function(stats, **own, **given)
+
             return linear_loss(
-                input, linear_weight, target, lambda stats, **given: function(stats, **own, **given),
-                names=asked, row_inputs=by_row, parameters=learned, rowwise=rowwise, **head,
-            )  # fmt: skip
+                input,
+                linear_weight,
+                target,
+                loss_fn,
+                names=asked,
+                row_inputs=by_row,
+                parameters=learned,
+                rowwise=rowwise,
+                **head,
+            )
 
         statistics = (
             names if isinstance(names, tuple) else names(**_with_defaults(function, example))
@@ -184,17 +202,21 @@ def _enter(
 
     empty = inspect.Parameter.empty
     annotations = {n: hints.get(n, Tensor) for n in positional}
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     signature = inspect.Signature(
         [
-            *(inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotations[n])
-              for n in positional),
+            *(inspect.Parameter(n, plain, annotation=annotations[n]) for n in positional),
             *(p for p in own.values() if p.default is empty),
             *(p for p in own.values() if p.default is not empty),
-            *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=k.default,
-                                annotation=k.annotation) for n, k in head.items()),
+            *(
+                inspect.Parameter(
+                    n, inspect.Parameter.KEYWORD_ONLY, default=k.default, annotation=k.annotation
+                )
+                for n, k in head.items()
+            ),
         ],
         return_annotation=hints["return"],
-    )  # fmt: skip
+    )
     face.__name__ = face.__qualname__ = name
     face.__module__ = "lossops.catalogue"
     face.__signature__ = signature  # type: ignore[attr-defined]
@@ -260,7 +282,7 @@ def _module(
     ]
     members = {
         "face": staticmethod(face),
-        "__doc__": module_docstring(name, doc, own),
+        "__doc__": module_docstring(camel, name, doc, own, "linear_bias" in head),
         "__module__": "lossops.catalogue",
         "__signature__": inspect.Signature(
             [*sizes, *by_call, *(bias if "linear_bias" in head else []), *others]

@@ -167,8 +167,9 @@ def _of_active(active: str, **_: object) -> tuple[str, ...]:
     return ("lse", "target", "sum") if active == "normalized_cross_entropy" else ("lse", "target")
 
 
-@recipe(family=FAMILY, use="robust and still fast: the usual choice under label noise",
-        names=_of_active)  # fmt: skip
+@recipe(
+    family=FAMILY, use="robust and still fast: the usual choice under label noise", names=_of_active
+)
 def linear_active_passive_loss(
     s: RowStatistics,
     *,
@@ -209,8 +210,11 @@ def _of_lambda(lam: float, margin: float = 0.0) -> tuple[str, ...]:
     return ("target", lse_at(1 / lam))
 
 
-@recipe(family=FAMILY, use="cross-entropy with a margin and a temperature that bounds it",
-        names=_of_lambda)  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="cross-entropy with a margin and a temperature that bounds it",
+    names=_of_lambda,
+)
 def linear_ldr_loss(s: RowStatistics, *, lam: float = 1.0, margin: float = 2.0) -> Tensor:
     """Label-distributionally robust loss: cross-entropy with a margin, at a temperature.
 

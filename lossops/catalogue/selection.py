@@ -24,16 +24,20 @@ from lossops.statistics import RowStatistics
 FAMILY = "Selection"
 
 
-@recipe(family=FAMILY, use="leaves out tokens that are likely wrong", names=("lse", "target", "lse@2"),
-        example={"threshold": 1.3})  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="leaves out tokens that are likely wrong",
+    names=("lse", "target", "lse@2"),
+    example={"threshold": 1.3},
+)
 def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float | Tensor) -> Tensor:
     """Error norm truncation: rows whose prediction is far from the label do not count.
 
     loss = [‖p - e_y‖ ≤ τ] (-log p)
 
     The mask is a constant of the gradient. τ = √2 keeps every row: a run begins there and comes
-    down, ``threshold=catalogue.ramp(step, steps, 2**0.5, τ)``. The mean divides by all counted rows,
-    as in the authors' code.
+    down, ``threshold=catalogue.ramp(step, steps, 2**0.5, τ)``. The mean divides by all counted
+    rows, as in the authors' code.
 
     Args:
         threshold: τ, in [0, √2]; it is tuned.
@@ -46,16 +50,22 @@ def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float | Te
     return torch.where(error_square(s).detach().sqrt() <= threshold, -s.log_p, 0.0)
 
 
-@recipe(family=FAMILY, use="leaves out a fixed part of the tokens", names=("lse", "target", "lse@2"),
-        rows=("counted",), rowwise=False, example={"fraction": 0.1})  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="leaves out a fixed part of the tokens",
+    names=("lse", "target", "lse@2"),
+    rows=("counted",),
+    rowwise=False,
+    example={"fraction": 0.1},
+)
 def linear_error_norm_fraction_loss(
     s: RowStatistics, *, fraction: float, counted: Tensor
 ) -> Tensor:
     """Error norm truncation of a fixed part of the batch.
 
-    loss = [rank of ‖p - e_y‖ among the counted rows ≥ ⌊fraction · n⌋] (-log p),   rank 0 the largest
+    loss = [rank of ‖p - e_y‖ among the n counted rows ≥ ⌊fraction · n⌋] (-log p)
 
-    Rows whose norm equals that of the row at the cut are kept, as in the authors' code.
+    Rank 0 is the largest; rows whose norm equals that at the cut are kept, as in the authors' code.
 
     Args:
         fraction: part of the counted rows that is left out, in [0, 1).
@@ -70,9 +80,14 @@ def linear_error_norm_fraction_loss(
     return torch.where(norms <= cut, -s.log_p, 0.0)
 
 
-@recipe(family=FAMILY, use="adversarially trained classifiers: hard rows count every rival",
-        names=("lse", "target", "max", "softplus"), rows=("counted",), rowwise=False,
-        example={"fraction": 0.3, "lam": 0.4})  # fmt: skip
+@recipe(
+    family=FAMILY,
+    use="adversarially trained classifiers: hard rows count every rival",
+    names=("lse", "target", "max", "softplus"),
+    rows=("counted",),
+    rowwise=False,
+    example={"fraction": 0.3, "lam": 0.4},
+)
 def linear_sovr_loss(
     s: RowStatistics, *, fraction: float, lam: float | Tensor, counted: Tensor
 ) -> Tensor:
@@ -108,9 +123,13 @@ def _largest(values: Tensor, counted: Tensor, fraction: float) -> tuple[Tensor, 
     return rank < number, order.values[number.clamp_max(values.shape[0] - 1)]
 
 
-@composed(family=FAMILY, use="against repetition: what must not be predicted",
-          statistics=("lse", "target"), head=without("weight"),
-          memory=f"{ONE_SWEEP}, 8·N·C bytes of candidates")  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="against repetition: what must not be predicted",
+    statistics=("lse", "target"),
+    head=without("weight"),
+    memory=f"{ONE_SWEEP}, 8·N·C bytes of candidates",
+)
 def linear_unlikelihood_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -225,10 +244,14 @@ def ramp(step: int, steps: int, first: float, last: float) -> float:
     return first + (last - first) * min(max(step / steps, 0.0), 1.0)
 
 
-@composed(family=FAMILY, use="numbers in text: near misses cost less than far ones",
-          statistics=("lse", "target"), head=without("softcap"),
-          memory=f"{ONE_SWEEP}, and N·K values for the K number tokens",
-          example={"numbers": {3: 3.0, 4: 4.0}})  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="numbers in text: near misses cost less than far ones",
+    statistics=("lse", "target"),
+    head=without("softcap"),
+    memory=f"{ONE_SWEEP}, and N·K values for the K number tokens",
+    example={"numbers": {3: 3.0, 4: 4.0}},
+)
 def linear_number_token_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -258,7 +281,7 @@ def linear_number_token_loss(
     """
     among("kind", kind, ("wasserstein", "mse"))
     at_least("lam", lam, 0)
-    plain = linear_cross_entropy(input, linear_weight, target, **head)
+    plain: Tensor = linear_cross_entropy(input, linear_weight, target, **head)
     x = head_inputs(input, linear_weight, head["linear_bias"], head["logit_scale"], None)
     acc = plain.dtype
     ids = torch.tensor(list(numbers), device=input.device)
@@ -315,8 +338,9 @@ def linear_one_vs_rest_loss(s: RowStatistics) -> Tensor:
     return F.softplus(-s.target, threshold=50) + s.softplus
 
 
-@recipe(family=FAMILY, use="a running log-partition in place of the row's own",
-        rows=("log_partition",))  # fmt: skip
+@recipe(
+    family=FAMILY, use="a running log-partition in place of the row's own", rows=("log_partition",)
+)
 def linear_meco_loss(s: RowStatistics, *, log_partition: Tensor) -> Tensor:
     """Compositional maximum likelihood: the log-partition is linearised at its running estimate.
 

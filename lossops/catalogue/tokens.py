@@ -37,8 +37,13 @@ SEQUENCES: Keywords = {
 }
 
 
-@composed(family=FAMILY, use="unlearning that does not diverge", statistics=("lse", "target"),
-          memory=TWO_SWEEPS, head=SEQUENCES)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="unlearning that does not diverge",
+    statistics=("lse", "target"),
+    memory=TWO_SWEEPS,
+    head=SEQUENCES,
+)
 def linear_npo_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -76,8 +81,13 @@ def linear_npo_loss(
     return _over_sequences(-2 / beta * F.logsigmoid(-beta * gained), head["reduction"])
 
 
-@composed(family=FAMILY, use="preferences against a reference model", statistics=("lse", "target"),
-          memory=TWO_SWEEPS, head=SEQUENCES)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="preferences against a reference model",
+    statistics=("lse", "target"),
+    memory=TWO_SWEEPS,
+    head=SEQUENCES,
+)
 def linear_dpo_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -116,8 +126,13 @@ def linear_dpo_loss(
     return _over_sequences(-F.logsigmoid(beta * (chosen - rejected)), head["reduction"])
 
 
-@composed(family=FAMILY, use="preferences without a reference model", statistics=("lse", "target"),
-          memory=TWO_SWEEPS, head=SEQUENCES)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="preferences without a reference model",
+    statistics=("lse", "target"),
+    memory=TWO_SWEEPS,
+    head=SEQUENCES,
+)
 def linear_simpo_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -156,8 +171,13 @@ def linear_simpo_loss(
     return _over_sequences(-F.logsigmoid(beta * (chosen - rejected) - gamma), head["reduction"])
 
 
-@composed(family=FAMILY, use="supervised training and preferences in one", statistics=("lse", "target"),
-          memory=TWO_SWEEPS, head=SEQUENCES)  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="supervised training and preferences in one",
+    statistics=("lse", "target"),
+    memory=TWO_SWEEPS,
+    head=SEQUENCES,
+)
 def linear_orpo_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -196,8 +216,13 @@ def linear_orpo_loss(
     return _over_sequences(losses, head["reduction"])
 
 
-@composed(family=FAMILY, use="masked (absorbing) diffusion over tokens", statistics=("lse", "target"),
-          memory=ONE_SWEEP, head=some("linear_bias", "logit_scale", "softcap", "options", "backend"))  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="masked (absorbing) diffusion over tokens",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=some("linear_bias", "logit_scale", "softcap", "options", "backend"),
+)
 def linear_masked_diffusion_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -259,14 +284,16 @@ def linear_masked_diffusion_loss(
         if rate is not None and kind == "t":
             factor = rate.to(acc) / torch.expm1(level.to(acc))
     weights = factor.unsqueeze(-1).expand(masked.shape)
-    total = linear_cross_entropy(
+    total: Tensor = linear_cross_entropy(
         input, linear_weight, target.masked_fill(~masked, -100), sample_weight=weights,
         reduction="sum", **head,
     )  # fmt: skip
     return total / max(1, factor.numel())
 
 
-@recipe(family=FAMILY, use="unlearning: predictions back to uniform", names=("lse", "target", "sum"))
+@recipe(
+    family=FAMILY, use="unlearning: predictions back to uniform", names=("lse", "target", "sum")
+)
 def linear_uniform_kl_loss(s: RowStatistics) -> Tensor:
     """Divergence of the uniform distribution from the prediction.
 
@@ -283,10 +310,13 @@ def linear_uniform_kl_loss(s: RowStatistics) -> Tensor:
     return s.relative_logsumexp - s.relative("average") - most
 
 
-@composed(family=FAMILY, use="references that may be shifted or reordered in part",
-          statistics=("lse", "target"), head=some("linear_bias", "reduction", "logit_scale", "softcap",
-                                         "options", "backend"),
-          memory=f"{TWO_SWEEPS}, N·T ids and log-probabilities and a few temporaries")  # fmt: skip
+@composed(
+    family=FAMILY,
+    use="references that may be shifted or reordered in part",
+    statistics=("lse", "target"),
+    head=some("linear_bias", "reduction", "logit_scale", "softcap", "options", "backend"),
+    memory=f"{TWO_SWEEPS}, N·T ids and log-probabilities and a few temporaries",
+)
 def linear_edit_invariant_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -336,7 +366,8 @@ def linear_edit_invariant_loss(
     losses = torch.zeros_like(log_p[:, 0, 0])
     for n in ngrams:
         count = length - n + 1
-        g = sum(log_p[:, k : k + count, k : k + count] for k in range(n)) / n
+        shifted = [log_p[:, k : k + count, k : k + count] for k in range(n)]
+        g = torch.stack(shifted).mean(0)
         noise = -torch.empty_like(g).exponential_().log() if gumbel else 0.0
         losses = losses - ((g + noise).softmax(1) * g).sum(1).mean(1) / len(ngrams)
     return _over_sequences(losses, head["reduction"])
@@ -400,9 +431,9 @@ def min_k_scores(
         torch.Size([2])
 
     Reference:
-        Shi et al., Detecting Pretraining Data from Large Language Models, arXiv 2310.16789; Zhang et
-        al., Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models,
-        arXiv 2404.02936
+        Shi et al., Detecting Pretraining Data from Large Language Models, arXiv 2310.16789;
+        Zhang et al., Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large
+        Language Models, arXiv 2404.02936
     """
     between("k", k, 1e-9, 1)
     s = linear_statistics(

@@ -23,9 +23,15 @@ def teacher_logits(teacher: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
     return (teacher[0] @ teacher[1].T).to(z.dtype)
 
 
-@dense({"kind": "kl"}, {"kind": "kl", "temperature": 3.0}, {"kind": "reverse_kl", "temperature": 2.0},
-       {"kind": "jsd"}, {"kind": "jsd", "beta": 0.9}, {"kind": "binary_kl", "temperature": 2.0},
-       extras=teacher_head)  # fmt: skip
+@dense(
+    {"kind": "kl"},
+    {"kind": "kl", "temperature": 3.0},
+    {"kind": "reverse_kl", "temperature": 2.0},
+    {"kind": "jsd"},
+    {"kind": "jsd", "beta": 0.9},
+    {"kind": "binary_kl", "temperature": 2.0},
+    extras=teacher_head,
+)
 def distillation(
     z: Tensor,
     y: Tensor,
@@ -51,8 +57,11 @@ def distillation(
     return temperature**2 * (beta * kl(p, mixed) + (1 - beta) * kl(q, mixed))
 
 
-@dense({"teacher_temperature": 0.4}, {"teacher_temperature": 1.0, "student_temperature": 0.5},
-       extras=lambda draw: {**teacher_head(draw), "center": draw.normal(draw.classes)})  # fmt: skip
+@dense(
+    {"teacher_temperature": 0.4},
+    {"teacher_temperature": 1.0, "student_temperature": 0.5},
+    extras=lambda draw: {**teacher_head(draw), "center": draw.normal(draw.classes)},
+)
 def dino(
     z: Tensor,
     y: Tensor,
@@ -75,8 +84,13 @@ def best(draw: Draw) -> dict[str, Tensor]:
     return {"ids": ids, "log_probs": found.values.to(draw.dtype)}
 
 
-@dense({}, {"tail": "renormalize"}, {"tail": "ignore", "temperature": 2.0},
-       {"tail": "bucket", "temperature": 2.0}, extras=best)  # fmt: skip
+@dense(
+    {},
+    {"tail": "renormalize"},
+    {"tail": "ignore", "temperature": 2.0},
+    {"tail": "bucket", "temperature": 2.0},
+    extras=best,
+)
 def top_k_distillation(
     z: Tensor,
     y: Tensor,

@@ -28,8 +28,11 @@ def margin_softmax(
     return F.cross_entropy(torch.where(own, scale * moved.unsqueeze(-1), z), y, reduction="none")
 
 
-@dense({"scale": 8.0, "margin": 0.4}, {"scale": 8.0, "margin": 0.2, "filter_above": 0.3},
-       of_features=True)  # fmt: skip
+@dense(
+    {"scale": 8.0, "margin": 0.4},
+    {"scale": 8.0, "margin": 0.2, "filter_above": 0.3},
+    of_features=True,
+)
 def cos_face(
     x: Tensor,
     w: Tensor,
@@ -42,8 +45,11 @@ def cos_face(
     return margin_softmax(c, y, scale, of_target(c, y) - margin, filter_above)
 
 
-@dense({"scale": 8.0, "margin": 0.5}, {"scale": 8.0, "margin": 0.5, "straight_through": True},
-       of_features=True)  # fmt: skip
+@dense(
+    {"scale": 8.0, "margin": 0.5},
+    {"scale": 8.0, "margin": 0.5, "straight_through": True},
+    of_features=True,
+)
 def arc_face(
     x: Tensor, w: Tensor, y: Tensor, scale: float, margin: float, straight_through: bool = False
 ) -> Tensor:

@@ -82,8 +82,11 @@ def hard_negative_contrastive(
     return -torch.log(positive.exp() / (positive.exp() + g))
 
 
-@dense({"kind": "softmax"}, {"kind": "contrast", "scale": 3.0, "bias": -1.0},
-       leaves=lambda draw: (draw.normal(4, 3, draw.features),))  # fmt: skip
+@dense(
+    {"kind": "softmax"},
+    {"kind": "contrast", "scale": 3.0, "bias": -1.0},
+    leaves=lambda draw: (draw.normal(4, 3, draw.features),),
+)
 def ge2e(embeddings: Tensor, kind: str, scale: float = 10.0, bias: float = -5.0) -> Tensor:
     e = embeddings.float() if embeddings.itemsize < 4 else embeddings
     centroids = F.normalize(e.mean(1), dim=1)

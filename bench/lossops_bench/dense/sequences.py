@@ -66,9 +66,7 @@ def masked_diffusion(
 
 
 @dense({"ngrams": (1, 2, 5)}, {"ngrams": (3,), "floor": -2.0}, lead=(3, 5), whole=True)
-def edit_invariant(
-    z: Tensor, y: Tensor, ngrams: tuple[int, ...], floor: float = -20.0
-) -> Tensor:
+def edit_invariant(z: Tensor, y: Tensor, ngrams: tuple[int, ...], floor: float = -20.0) -> Tensor:
     length = y.shape[1]
     log_p = z.log_softmax(-1).clamp_min(floor)
     cost = log_p.gather(2, y.unsqueeze(1).expand(-1, length, -1)).unsqueeze(1)  # (B, 1, T, T)
