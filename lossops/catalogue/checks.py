@@ -32,6 +32,13 @@ def among(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def constant(name: str, t: Tensor) -> Tensor:
+    """``t``, refused where it wants a gradient that it would not get."""
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is not differentiated, but wants a gradient; detach it")
+    return t.detach()
+
+
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, 0 with gradient 0 where b is 0: a loss over the one class there is."""
     nothing = b == 0

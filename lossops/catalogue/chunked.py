@@ -5,6 +5,7 @@
 F is plain PyTorch on the logits (R, V) of R rows; autograd gives dz of the chunk, and the backend's
 primitives turn it into dx and dw, as the ``teacher`` term whose basis is dz itself. 3 GEMMs, a
 buffer (R, V) and what F allocates; distillation has the teacher's logits of the same rows beside.
+Compilers leave it out of their graphs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from torch.autograd.function import once_differentiable
 from lossops import backends
 from lossops.autograd import apply
 from lossops.inputs import HeadInputs, checked_options
-from lossops.linear import planned_rows
 from lossops.reference import accumulate_dtype
-from lossops.schedules import LinearLossOptions, row_stride, without_autocast
+from lossops.schedules import (
+    PREFERRED_BUFFER_BYTES,
+    LinearLossOptions,
+    row_stride,
+    without_autocast,
+)
 
 Optional = Tensor | None
 RowLosses = Callable[[Tensor, slice], Tensor]
@@ -30,8 +35,11 @@ RowLosses = Callable[[Tensor, slice], Tensor]
 DZ = ["teacher"]
 TEMPORARIES = 4
 """Matrices of a chunk's size that F may hold at once: as many fewer rows."""
+MIN_ROWS = 64
+"""Fewer would read w too often, whatever is to fit."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def chunked_loss(
     head: HeadInputs,
     losses: RowLosses,
@@ -52,17 +60,22 @@ def chunked_loss(
         backend: who computes logits and products.
     """
     opts = checked_options(options)
-    rows = opts.chunk_rows
-    if rows is None:
-        planned = planned_rows(head, LinearLossOptions(
-            schedule="one_sweep", max_workspace_bytes=opts.max_workspace_bytes))  # fmt: skip
-        rows = max(1, (planned or 1) // TEMPORARIES)
+    rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
     chosen = backends.select(backend, head.x.device, head.x.dtype)
     call = _Call(losses, head.softcap, rows, chosen.primitives())
     found: Tensor = apply(
         ChunkedLoss, head.x, head.w, head.b, head.scale, factors.detach(), call, reduced
     )
     return found
+
+
+def _planned_rows(head: HeadInputs, max_bytes: int) -> int:
+    """Rows whose buffer and temporaries fit, in chunks of the same size."""
+    n, v = head.x.shape[0], head.w.shape[0]
+    row_bytes = accumulate_dtype(head.x.dtype).itemsize * row_stride(v)
+    most = min(max_bytes, PREFERRED_BUFFER_BYTES) // (TEMPORARIES * row_bytes)
+    chunks = -(-n // max(most, MIN_ROWS))
+    return -(-n // max(1, chunks)) or 1
 
 
 class _Call:

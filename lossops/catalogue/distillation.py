@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lossops import backends
-from lossops.catalogue.checks import above, among, between
+from lossops.catalogue.checks import above, among, between, constant
 from lossops.catalogue.chunked import chunked_loss
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
@@ -134,7 +134,7 @@ def linear_dino_loss(
     Args:
         teacher: (features (..., D'), weight (V, D')), with a bias (V,) perhaps; logits (..., V); or
             ``f(first, stop)`` that gives the logits of some of the flattened rows. No gradient.
-        center: c, (V,).
+        center: c, (V,). No gradient.
         teacher_temperature: τ_t; it is scheduled.
         student_temperature: τ_s. Default: ``0.1``.
 
@@ -154,7 +154,7 @@ def linear_dino_loss(
     v = linear_weight.shape[0]
     if center.shape != (v,):
         raise ValueError(f"center must have shape ({v},), got {tuple(center.shape)}")
-    c = center.detach().to(accumulate_dtype(input.dtype))
+    c = constant("center", center).to(accumulate_dtype(input.dtype))
 
     def cross_entropy(z: Tensor, zt: Tensor) -> Tensor:
         q = ((zt - c) / teacher_temperature).softmax(1)
@@ -254,7 +254,11 @@ def linear_top_k_distillation_loss(
         "logit_scale": (1.0 if scale is None else scale) / temperature,
         "linear_bias": None if bias is None else bias / temperature,
     }
-    given = log_probs.detach().to(accumulate_dtype(input.dtype)).masked_fill(ids < 0, -torch.inf)
+    given = (
+        constant("log_probs", log_probs)
+        .to(accumulate_dtype(input.dtype))
+        .masked_fill(ids < 0, -torch.inf)
+    )
 
     def loss_fn(s: RowStatistics, t: Tensor) -> Tensor:
         if tail == "renormalize":
@@ -307,7 +311,7 @@ def _against(
     u, divisor = row_factors(None, weights, None, student.x)
     acc = accumulate_dtype(student.x.dtype)
     factors = student.x.new_ones(student.x.shape[0], dtype=acc) if u is None else u
-    found = chunked_loss(
+    found: Tensor = chunked_loss(
         student, losses, factors, reduced=head["reduction"] != "none",
         options=head["options"], backend=head["backend"],
     )  # fmt: skip
@@ -324,7 +328,7 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
             raise ValueError(
                 f"teacher logits must have shape {(*student.lead, v)}, got {tuple(teacher.shape)}"
             )
-        flat = teacher.detach().reshape(n, v)
+        flat = constant("teacher", teacher).reshape(n, v)
         return lambda rows: flat[rows].to(acc)
     if callable(teacher):
         return lambda rows: _given(teacher(rows.start, rows.stop), rows, v).to(acc)
@@ -333,7 +337,7 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
             "teacher must be logits, (features, weight) or (features, weight, bias), or a function "
             f"of (first, stop), got {type(teacher).__name__}"
         )
-    features, weight, *more = (t.detach() for t in teacher)
+    features, weight, *more = (constant("each tensor of teacher", t) for t in teacher)
     given = head_inputs(features, weight, more[0] if more else None, None, None)
     if given.lead != student.lead or given.w.shape[0] != v:
         raise ValueError(
@@ -366,4 +370,4 @@ def _given(logits: Tensor, rows: slice, v: int) -> Tensor:
             f"teacher({rows.start}, {rows.stop}) must give logits of shape "
             f"{(rows.stop - rows.start, v)}, got {tuple(logits.shape)}"
         )
-    return logits.detach()
+    return constant("what teacher gives", logits)

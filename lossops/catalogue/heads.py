@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, at_least
+from lossops.catalogue.checks import above, at_least, constant
 from lossops.catalogue.keywords import Keywords, some, without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.cross_entropy import linear_cross_entropy
@@ -335,7 +335,7 @@ def linear_adaptive_ldr_loss(
     `catalogue.adaptive_lambda` moves λ, which is kept with the data.
 
     Args:
-        lam: λ, (...), above 0, a constant of the gradient.
+        lam: λ, (...), above 0; no gradient.
         margin: c. Default: ``1.0``.
 
     Example:
@@ -414,5 +414,5 @@ def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
             f"lam must have shape {tuple(input.shape[:-1])} (input without its last dim), "
             f"got {tuple(lam.shape)}"
         )
-    lam = lam.detach().to(accumulate_dtype(input.dtype))
+    lam = constant("lam", lam).to(accumulate_dtype(input.dtype))
     return (input.to(lam.dtype) / lam.unsqueeze(-1)).to(input.dtype), lam

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, at_least, between
+from lossops.catalogue.checks import among, at_least, between, constant
 from lossops.catalogue.confidence import error_square
 from lossops.catalogue.keywords import without
 from lossops.catalogue.powers import log_1m_exp
@@ -350,7 +350,7 @@ def linear_meco_loss(s: RowStatistics, *, log_partition: Tensor) -> Tensor:
     upper bound of it elsewhere. `catalogue.running_log_partition` moves u.
 
     Args:
-        log_partition: u, (...), a constant of the gradient.
+        log_partition: u, (...); no gradient.
 
     Example:
         >>> import torch, lossops
@@ -360,8 +360,8 @@ def linear_meco_loss(s: RowStatistics, *, log_partition: Tensor) -> Tensor:
         >>> lse = lossops.linear_statistics(x, w, names=("lse",)).lse
         >>> u = lossops.catalogue.running_log_partition(u, lse, momentum=0.9)
     """
-    above_estimate = s.relative_logsumexp + (s.shift - log_partition.detach())
-    return torch.expm1(above_estimate) + log_partition.detach() - s.target
+    u = constant("log_partition", log_partition)
+    return torch.expm1(s.relative_logsumexp + (s.shift - u)) + u - s.target
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, among, at_least, between
+from lossops.catalogue.checks import above, among, at_least, between, constant
 from lossops.catalogue.keywords import Keyword, Keywords, some
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, TWO_SWEEPS, composed, recipe
@@ -475,7 +475,7 @@ def _gains(
             f"reference_log_prob must have shape {tuple(total.shape)}, one value per sequence, "
             f"got {tuple(reference.shape)}"
         )
-    return total - reference.to(total.dtype), length
+    return total - constant("reference_log_prob", reference).to(total.dtype), length
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def spread(draw) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
     return {"covariance": (0.1 * a @ a.T).to(draw.dtype)}
 
 
-@dense({"strength": 0.5}, extras=spread, of_features=True)
+@dense({"strength": 0.5}, extras=spread, of_features=True, by_feature=True)
 def shared_covariance(
     x: Tensor, w: Tensor, y: Tensor, covariance: Tensor, strength: float
 ) -> Tensor:

@@ -27,20 +27,21 @@ def npo(z: Tensor, y: Tensor, beta: float, reference_log_prob: Tensor) -> Tensor
 @dense({"beta": 0.1}, extras=references, lead=(4, 5), whole=True)
 def dpo(z: Tensor, y: Tensor, beta: float, reference_log_prob: Tensor) -> Tensor:
     ratio = log_probs(z, y).sum(-1) - reference_log_prob
-    return -torch.log(torch.sigmoid(beta * (ratio[:2] - ratio[2:])))
+    chosen, rejected = ratio.chunk(2)
+    return -torch.log(torch.sigmoid(beta * (chosen - rejected)))
 
 
 @dense({"beta": 2.0, "gamma": 0.5}, lead=(4, 5), whole=True)
 def simpo(z: Tensor, y: Tensor, beta: float, gamma: float) -> Tensor:
-    average = log_probs(z, y).mean(-1)
-    return -torch.log(torch.sigmoid(beta * average[:2] - beta * average[2:] - gamma))
+    chosen, rejected = log_probs(z, y).mean(-1).chunk(2)
+    return -torch.log(torch.sigmoid(beta * chosen - beta * rejected - gamma))
 
 
 @dense({"lam": 0.1}, lead=(4, 5), whole=True, least_classes=2)
 def orpo(z: Tensor, y: Tensor, lam: float) -> Tensor:
     p = log_probs(z, y).mean(-1).exp()
-    odds = p / (1 - p)
-    return -torch.log(p[:2]) - lam * torch.log(torch.sigmoid(torch.log(odds[:2] / odds[2:])))
+    chosen, rejected = (p / (1 - p)).chunk(2)
+    return -torch.log(p.chunk(2)[0]) - lam * torch.log(torch.sigmoid(torch.log(chosen / rejected)))
 
 
 def noise(draw: Draw) -> dict[str, Tensor]:

@@ -63,6 +63,8 @@ class Dense:
     """Whether its mean with weights is that of the rows' losses."""
     least_classes: int
     """Fewest classes its arguments make sense with."""
+    by_feature: bool
+    """Whether the definition takes N·V·D values, not N·V."""
 
 
 DENSE: dict[str, Dense] = {}
@@ -78,6 +80,7 @@ def dense(
     whole: bool = False,
     weighted: bool = True,
     least_classes: int = 1,
+    by_feature: bool = False,
 ) -> Callable[[Losses], Losses]:
     """Enter a function under its own name."""
 
@@ -92,6 +95,7 @@ def dense(
             whole,
             weighted,
             least_classes,
+            by_feature,
         )
         return losses
 
