@@ -61,7 +61,7 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   const auto z_tile = [&](int64_t, int64_t, int64_t first, int64_t n) {
     return buffer.narrow(1, first, n);
   };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing);
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing, true);
   if (keep) {
     S* sums = buffer.template data_ptr<S>() + task.classes;
     for (int64_t i = 0; i < task.rows; ++i) {

@@ -10,6 +10,8 @@ from typing import Any
 from lossops.catalogue import confidence as confidence
 from lossops.catalogue import contrastive as contrastive
 from lossops.catalogue import elementwise as elementwise
+from lossops.catalogue import probabilities as probabilities
+from lossops.catalogue import retrieval as retrieval
 from lossops.catalogue import robust as robust
 from lossops.catalogue.distillation import dino_center as dino_center
 from lossops.catalogue.heads import adaptive_lambda as adaptive_lambda

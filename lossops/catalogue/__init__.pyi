@@ -209,6 +209,49 @@ def hard_negative_contrastive_loss(
     reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
+def linear_gumbel_loss(
+    input: Tensor, linear_weight: Tensor, positives: Any, *, most: float = 10.0,
+    pos_weight: Tensor | None = None, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    logit_scale: float | Tensor | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearGumbelLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, most: float = 10.0,
+        pos_weight: Tensor | None = None, bias: bool = False, device: Any = None,
+        dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_normalized_focal_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, gamma: float = 0.5,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None, softcap: float | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearNormalizedFocalLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, gamma: float = 0.5, bias: bool = False,
+        device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_single_label_asymmetric_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, gamma_pos: float = 0.0,
+    gamma_neg: float = 4.0, label_smoothing: float = 0.1, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
+    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearSingleLabelAsymmetricLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, gamma_pos: float = 0.0, gamma_neg: float = 4.0,
+        label_smoothing: float = 0.1, bias: bool = False, device: Any = None, dtype: Any = None,
+        **options: Any,
+    ) -> None: ...
+
 def ge2e_loss(
     embeddings: Tensor, *, scale: float | Tensor = 10.0, bias: float | Tensor = -5.0,
     kind: str = 'softmax', reduction: str = 'mean', options: LinearLossOptions | None = None,
@@ -228,18 +271,19 @@ class LinearPairwiseLogisticLoss(CatalogueModule):
         **options: Any,
     ) -> None: ...
 
-def linear_gumbel_loss(
-    input: Tensor, linear_weight: Tensor, positives: Any, *, most: float = 10.0,
-    pos_weight: Tensor | None = None, linear_bias: Tensor | None = None,
-    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    logit_scale: float | Tensor | None = None, backend: str = 'auto',
+def linear_hasa_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, false_negatives: Tensor | None = None,
+    false_weights: Tensor | None = None, tau: float = 0.05, margin: float = 1.0,
+    least: float = 1.0, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
-class LinearGumbelLoss(CatalogueModule):
+class LinearHasaLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, most: float = 10.0,
-        pos_weight: Tensor | None = None, bias: bool = False, device: Any = None,
-        dtype: Any = None, **options: Any,
+        in_features: int, num_classes: int, *, false_negatives: Tensor | None = None,
+        false_weights: Tensor | None = None, tau: float = 0.05, margin: float = 1.0,
+        least: float = 1.0, device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_comp_sum_loss(

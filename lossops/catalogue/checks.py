@@ -1,4 +1,4 @@
-"""Checks of recipes' own numbers; a tensor, learnable perhaps, is taken as it is."""
+"""Checks of recipes' own arguments; a number that is a tensor is taken as it is."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def constant(name: str, t: Tensor) -> Tensor:
     if t.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is not differentiated, but wants a gradient; detach it")
     return t.detach()
+
+
+def beside_target(target: Tensor, others: Tensor, ignore_index: int | None) -> Tensor:
+    """Ids (..., 1 + K): the target, then ``others`` (..., K); all -1 in rows that are ignored."""
+    ignored = target == (-100 if ignore_index is None else ignore_index)
+    listed = torch.cat([target.unsqueeze(-1), others], -1)
+    return listed.masked_fill(ignored.unsqueeze(-1), -1)
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Compilers leave it out of their graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,17 @@ from torch.autograd.function import once_differentiable
 
 from lossops import backends
 from lossops.autograd import apply
-from lossops.inputs import HeadInputs, checked_options
+from lossops.catalogue.checks import constant
+from lossops.inputs import (
+    HeadInputs,
+    check_reduction,
+    checked_options,
+    class_weight,
+    has_target,
+    row_weight,
+)
+from lossops.linear import row_factors
+from lossops.ops import check_target
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     PREFERRED_BUFFER_BYTES,
@@ -67,6 +77,47 @@ def chunked_loss(
         ChunkedLoss, head.x, head.w, head.b, head.scale, factors.detach(), call, reduced
     )
     return found
+
+
+def loss_of_logits(
+    given: HeadInputs, losses: RowLosses, head: Mapping[str, Any], ids: Optional = None
+) -> Tensor:
+    """The loss of F with the weights and the reduction among the head keywords of a face.
+
+    Args:
+        given: checked inputs.
+        losses: F; of ignored rows it sees logits of 0.
+        head: ``sample_weight``, ``weight`` where there is one, ``reduction``, ``options``,
+            ``backend``.
+        ids: targets (N, 1), -1 for ignored rows; None where all count. Default: ``None``.
+    """
+    check_reduction(head["reduction"])
+    x, v = given.x, given.w.shape[0]
+    weights = row_weight(head["sample_weight"], given.lead, x)
+    if weights is not None:
+        weights = constant("sample_weight", weights)
+    check_target(ids, v)
+    u, divisor = row_factors(ids, weights, class_weight(head.get("weight"), v, x), x)
+    factors = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype)) if u is None else u
+    if ids is not None:
+        factors = torch.where(has_target(ids), factors, 0.0)
+
+    def counted(z: Tensor, rows: slice) -> Tensor:
+        if ids is not None:
+            z = torch.where(ids[rows] >= 0, z, 0.0)
+        return losses(z, rows)
+
+    found: Tensor = chunked_loss(
+        given,
+        counted,
+        factors,
+        reduced=head["reduction"] != "none",
+        options=head["options"],
+        backend=head["backend"],
+    )
+    if head["reduction"] == "none":
+        return found.reshape(given.lead)
+    return found if head["reduction"] == "sum" else found / divisor
 
 
 def _planned_rows(head: HeadInputs, max_bytes: int) -> int:

@@ -1,11 +1,10 @@
-"""Contrastive losses between two views, and of queries against candidates.
+"""Contrastive losses between two views of a batch.
 
 Features are used as given: normalise them first. Of N pairs, row i of ``first`` and of ``second``
 belong together; s is x·w.
 
     decoupled      -s_ii / T + log Σ over the negatives alone
     debiased       log(1 + G / e^{s_ii / T}),   G from negatives of which some are positive
-    GE2E           utterances against centroids of speakers
 
 All are `lossops.linear_loss` over the features of the batch, or `lossops.softmax_pairwise_loss`, in
 which a queue of past features (``negatives=``), margins and several positives are options.
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, among, at_least, between
+from lossops.catalogue.checks import above, at_least, between
 from lossops.catalogue.keywords import Keyword, Keywords, some
 from lossops.catalogue.powers import lse_at
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -266,115 +265,6 @@ def _debiased(
     return linear_loss(
         both, both, torch.stack([partner, self_ids], 1), loss_fn, names=(*hard, "target"),
         logit_scale=1 / temperature, **head,
-    )  # fmt: skip
-
-
-@composed(
-    family=FAMILY,
-    use="speaker verification",
-    statistics=("lse", "target", "max"),
-    memory=f"{ONE_SWEEP} of the J centroids",
-    head=PAIRS,
-)
-def ge2e_loss(
-    embeddings: Tensor,
-    head: dict[str, Any],
-    *,
-    scale: float | Tensor = 10.0,
-    bias: float | Tensor = -5.0,
-    kind: str = "softmax",
-) -> Tensor:
-    """Generalised end-to-end loss: each utterance against the centroids of all speakers.
-
-    s_ji,k = w cos(e_ji, c_k) + b,   c_j for k = j without utterance i itself
-
-    loss_ji = -s_ji,j + log Σ_k e^{s_ji,k} (``"softmax"``) or
-    1 - σ(s_ji,j) + max_{k ≠ j} σ(s_ji,k) (``"contrast"``)
-
-    The paper sums over utterances: ``reduction="sum"``.
-
-    Args:
-        embeddings: e, (J, M, D) floating point, M ≥ 2 utterances of J speakers.
-        scale: w, learned from 10 in the paper. Default: ``10.0``.
-        bias: b, learned from -5; the softmax form does not depend on it. Default: ``-5.0``.
-        kind: ``"softmax"`` or ``"contrast"``. Default: ``'softmax'``.
-
-    Returns:
-        Scalar, or (J M,) for ``reduction="none"``; float32 (float64 for float64 inputs).
-
-    Example:
-        >>> import torch, lossops
-        >>> e, w = torch.randn(3, 4, 8, requires_grad=True), torch.tensor(10.0, requires_grad=True)
-        >>> lossops.catalogue.ge2e_loss(e, scale=w).backward()
-
-    Reference:
-        Wan, Wang, Papir, Moreno, Generalized End-to-End Loss for Speaker Verification,
-        arXiv 1710.10467
-    """
-    among("kind", kind, ("softmax", "contrast"))
-    check_float("embeddings", embeddings)
-    if embeddings.ndim != 3 or embeddings.shape[1] < 2:
-        raise ValueError(
-            f"embeddings must have shape (J, M, D) with M at least 2, got {tuple(embeddings.shape)}"
-        )
-    speakers, utterances, _ = embeddings.shape
-    acc = accumulate_dtype(embeddings.dtype)
-    wide = embeddings.to(acc)
-    total = wide.sum(1, keepdim=True)
-    others = F.normalize(total - wide, dim=2)  # without the utterance; the length drops out
-    w = torch.as_tensor(scale, dtype=acc, device=wide.device)
-    b = torch.as_tensor(bias, dtype=acc, device=wide.device)
-    own = (w * (F.normalize(wide, dim=2) * others).sum(2) + b).flatten()  # (J M,)
-    learned = tuple(t for t in (b,) if t.requires_grad)
-
-    def loss_fn(s: RowStatistics, own: Tensor) -> Tensor:
-        if kind == "softmax":
-            return -F.logsigmoid(own - b - s.shift - s.relative("lse"))
-        rival = torch.where(s.argmax < 0, 0.0, torch.sigmoid(s.max + b))
-        return 1 - torch.sigmoid(own) + rival
-
-    return linear_loss(
-        F.normalize(wide, dim=2).flatten(0, 1), F.normalize(total.squeeze(1), dim=1),
-        torch.arange(speakers, device=wide.device).repeat_interleave(utterances), loss_fn,
-        names=("lse" if kind == "softmax" else "max", "target"), row_inputs={"own": own},
-        parameters=learned, logit_scale=w, **head,
-    )  # fmt: skip
-
-
-@composed(
-    family=FAMILY,
-    use="dense retrieval: each candidate against the positive, pair by pair",
-    statistics=("softplus", "target"),
-    memory=f"{ONE_SWEEP}, copies of x and w with two columns",
-    head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"),
-)
-def linear_pairwise_logistic_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any]
-) -> Tensor:
-    """In-batch pairwise logistic loss (STAR): every negative loses to the positive on its own.
-
-    loss_n = Σ_{j ≠ y} softplus(z_j - z_y)
-
-    With queries as input and their documents as weight it is the in-batch loss of STAR.
-
-    Note:
-        z_y is a pair of further features, so that the sweep sees z_j - z_y.
-
-    Reference:
-        Zhan, Mao, Liu, Guo, Zhang, Ma, Optimizing Dense Retrieval Model Training with Hard
-        Negatives, arXiv 2104.08051
-    """
-    check_float("input", input)
-    acc = accumulate_dtype(input.dtype)
-    own = linear_weight[target.clamp(0, linear_weight.shape[0] - 1)]
-    z = (input.to(acc) * own.to(acc)).sum(-1, keepdim=True)
-    high = z.to(input.dtype)
-    low = (z - high.to(acc)).to(input.dtype)  # half precision alone would round z_y
-    minus = -torch.ones_like(linear_weight[:, :2])
-    rows = torch.cat([input, high, low], -1)
-    return linear_loss(
-        rows, torch.cat([linear_weight, minus], 1), target, lambda s: s.softplus,
-        names=("softplus", "target"), **head,
     )  # fmt: skip
 
 

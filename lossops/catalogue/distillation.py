@@ -23,12 +23,12 @@ from torch import Tensor
 
 from lossops import backends
 from lossops.catalogue.checks import above, among, between, constant
-from lossops.catalogue.chunked import chunked_loss
+from lossops.catalogue.chunked import loss_of_logits
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import HeadInputs, check_reduction, head_inputs, row_weight
-from lossops.linear import linear_loss, row_factors
+from lossops.inputs import HeadInputs, head_inputs
+from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.schedules import row_stride, without_autocast
 from lossops.statistics import RowStatistics
@@ -294,7 +294,6 @@ def _against(
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The reduced loss of the student's and the teacher's logits, chunk by chunk."""
-    check_reduction(head["reduction"])
     student = head_inputs(
         input, linear_weight, head["linear_bias"], head["logit_scale"], head["softcap"]
     )
@@ -305,19 +304,7 @@ def _against(
             zt = logits_of(rows)
         return loss(z, zt)
 
-    weights = row_weight(head["sample_weight"], student.lead, student.x)
-    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-        raise ValueError("sample_weight is not differentiated here; pass sample_weight.detach()")
-    u, divisor = row_factors(None, weights, None, student.x)
-    acc = accumulate_dtype(student.x.dtype)
-    factors = student.x.new_ones(student.x.shape[0], dtype=acc) if u is None else u
-    found: Tensor = chunked_loss(
-        student, losses, factors, reduced=head["reduction"] != "none",
-        options=head["options"], backend=head["backend"],
-    )  # fmt: skip
-    if head["reduction"] == "none":
-        return found.reshape(student.lead)
-    return found if head["reduction"] == "sum" else found / divisor
+    return loss_of_logits(student, losses, head)
 
 
 def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice], Tensor]:

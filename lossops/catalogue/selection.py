@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, at_least, between, constant
+from lossops.catalogue.checks import among, at_least, beside_target, between, constant
 from lossops.catalogue.confidence import error_square
 from lossops.catalogue.keywords import without
 from lossops.catalogue.powers import log_1m_exp
@@ -166,10 +166,8 @@ def linear_unlikelihood_loss(
         Training, arXiv 1908.04319
     """
     between("floor", floor, 0, 1)
-    ignored = target == (-100 if head["ignore_index"] is None else head["ignore_index"])
-    listed = torch.cat([target.unsqueeze(-1), candidates], -1)
-    listed = listed.masked_fill(ignored.unsqueeze(-1), -1)
-    present = torch.ones_like(listed[..., 1:], dtype=torch.bool) & (listed[..., 1:] >= 0)
+    listed = beside_target(target, candidates, head["ignore_index"])
+    present = listed[..., 1:] >= 0
 
     def loss_fn(s: RowStatistics, present: Tensor) -> Tensor:
         log_p = s.log_p  # (R, 1 + C), -inf for candidates that are absent

@@ -110,6 +110,39 @@ def pairwise_logistic(z: Tensor, y: Tensor) -> Tensor:
     return (away * (1 - one_hot(z, y))).sum(-1)
 
 
+def false_negatives(draw: Draw) -> dict[str, Tensor]:
+    """Two a row, apart from each other; weights of their own."""
+    first = draw.ids(draw.classes, *draw.lead, 1)
+    second = (first + 1 + draw.ids(max(1, draw.classes - 1), *draw.lead, 1)) % draw.classes
+    ids = torch.cat([first, second], -1)
+    ids[::2, 1] = -1
+    return {"false_negatives": ids, "false_weights": draw.uniform(*draw.lead, 2)}
+
+
+@dense({"tau": 0.05}, {"tau": 0.9, "margin": 0.0, "least": 0.5}, extras=false_negatives,
+       least_classes=4)  # fmt: skip
+def hasa(
+    z: Tensor,
+    y: Tensor,
+    tau: float,
+    false_negatives: Tensor,
+    false_weights: Tensor,
+    margin: float = 1.0,
+    least: float = 1.0,
+) -> Tensor:
+    count = z.shape[-1]
+    taken = (false_negatives >= 0) & (false_negatives != y.unsqueeze(-1))
+    listed = torch.where(taken, false_negatives, count)
+    false = z.new_zeros(len(z), count + 1).scatter(1, listed, 1.0)[:, :-1].bool()
+    others = ~(one_hot(z, y).bool() | false)
+    q = z.detach().masked_fill(~others, -torch.inf).softmax(-1)
+    own = z.gather(1, false_negatives.clamp_min(0)).exp() * false_weights * taken
+    g = (q * z.exp() * others).sum(-1) - tau * own.sum(-1)
+    g = torch.where(g > 0, g, least)
+    nu = (of_target(z, y) - margin).exp()
+    return -torch.log(nu / (nu + count / (1 - tau) * g))
+
+
 def positives(draw: Draw) -> dict[str, Tensor]:
     ids = draw.ids(draw.classes, *draw.lead, 3)
     ids[..., 2] = -1

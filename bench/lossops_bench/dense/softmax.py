@@ -254,3 +254,25 @@ def meco(z: Tensor, y: Tensor, log_partition: Tensor) -> Tensor:
 def uniform_kl(z: Tensor, y: Tensor) -> Tensor:
     uniform = torch.full_like(z, 1 / z.shape[-1])
     return F.kl_div(z.log_softmax(-1), uniform, reduction="none").sum(-1)
+
+
+@dense({"gamma": 0.5}, {"gamma": 2.0})
+def normalized_focal(z: Tensor, y: Tensor, gamma: float) -> Tensor:
+    log_p = z.log_softmax(-1)
+    lost = -((1 - log_p.exp().detach()) ** gamma) * log_p
+    return of_target(lost, y) / lost.sum(-1)
+
+
+@dense({}, {"gamma_pos": 1.0, "gamma_neg": 2.0, "label_smoothing": 0.3})
+def single_label_asymmetric(
+    z: Tensor,
+    y: Tensor,
+    gamma_pos: float = 0.0,
+    gamma_neg: float = 4.0,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    p, own = z.softmax(-1), one_hot(z, y)
+    missed = 1 - p * own - (1 - p) * (1 - own)  # 1 - p of the target, p of the others
+    weight = missed ** (gamma_pos * own + gamma_neg * (1 - own))
+    labels = (1 - label_smoothing) * own + label_smoothing / z.shape[-1]
+    return -(labels * weight * z.log_softmax(-1)).sum(-1)
