@@ -185,16 +185,26 @@ def test_command_exists(command):
 def check_benchmark(arguments):
     """The command line takes the arguments, and its case and shapes exist."""
     typer = pytest.importorskip("typer")
-    from lossops_bench.cases import CASES
+    from lossops_bench.cases import CASES, CATALOGUE
     from lossops_bench.cli import build_app
     from lossops_bench.shapes import parse_shape
 
     name, *rest = arguments
     command = typer.main.get_command(build_app()).commands[name]
     found = command.make_context(name, rest).params
-    assert found.get("case") in (None, *CASES)
+    assert found.get("case") in (None, "catalogue", *CASES, *CATALOGUE)
     for shape in found.get("shape") or []:
         parse_shape(shape)
+
+
+def test_the_recipe_of_contributing_is_one_of_the_catalogue_and_short():
+    places = [*(ROOT / "lossops" / "catalogue").glob("*.py"),
+              *(ROOT / "bench" / "lossops_bench" / "dense").glob("*.py")]  # fmt: skip
+    sources = "".join(path.read_text(encoding="utf-8") for path in places)
+    shown = blocks("CONTRIBUTING.md", "python")
+    assert len(shown) == 2
+    assert all(block in sources for block in shown)
+    assert sum(block.count("\n") for block in shown) < 30
 
 
 def test_links_lead_somewhere():
