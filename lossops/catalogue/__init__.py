@@ -9,6 +9,7 @@ from typing import Any
 
 from lossops.catalogue import confidence as confidence
 from lossops.catalogue import contrastive as contrastive
+from lossops.catalogue import cosines as cosines
 from lossops.catalogue import elementwise as elementwise
 from lossops.catalogue import probabilities as probabilities
 from lossops.catalogue import retrieval as retrieval

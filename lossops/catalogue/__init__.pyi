@@ -209,6 +209,102 @@ def hard_negative_contrastive_loss(
     reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
+def linear_logit_adjusted_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, log_prior: Tensor, tau: float = 1.0,
+    linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearLogitAdjustedLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, log_prior: Tensor | None = None, tau: float = 1.0,
+        bias: bool = False, device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_logit_clip_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, tau: float = 1.0,
+    clipped_norm: float | None = None, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearLogitClipLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, tau: float = 1.0, clipped_norm: float | None = None,
+        device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_shared_covariance_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, covariance: Tensor,
+    strength: float = 1.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearSharedCovarianceLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, covariance: Tensor | None = None,
+        strength: float = 1.0, bias: bool = False, device: Any = None, dtype: Any = None,
+        **options: Any,
+    ) -> None: ...
+
+def linear_adaptive_ldr_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: Tensor, margin: float = 1.0,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearAdaptiveLdrLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, lam: Tensor | None = None, margin: float = 1.0,
+        device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_cos_face_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
+    margin: float = 0.4, filter_above: float | None = None, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearCosFaceLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.4,
+        filter_above: float | None = None, device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_arc_face_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
+    margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearArcFaceLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.5,
+        straight_through: bool = False, filter_above: float | None = None, device: Any = None,
+        dtype: Any = None, **options: Any,
+    ) -> None: ...
+
+def linear_combined_margin_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
+    m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
+    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
+) -> Tensor: ...
+
+class LinearCombinedMarginLoss(CatalogueModule):
+    def __init__(self,
+        in_features: int, num_classes: int, *, scale: float = 64.0, m1: float = 1.0,
+        m2: float = 0.3, m3: float = 0.2, device: Any = None, dtype: Any = None, **options: Any,
+    ) -> None: ...
+
 def linear_gumbel_loss(
     input: Tensor, linear_weight: Tensor, positives: Any, *, most: float = 10.0,
     pos_weight: Tensor | None = None, linear_bias: Tensor | None = None,
@@ -455,102 +551,6 @@ class LinearTopKDistillationLoss(CatalogueModule):
         in_features: int, num_classes: int, *, log_probs: Tensor | None = None,
         tail: str = 'bucket', temperature: float = 1.0, bias: bool = False, device: Any = None,
         dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_cos_face_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
-    margin: float = 0.4, filter_above: float | None = None, weight: Tensor | None = None,
-    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearCosFaceLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.4,
-        filter_above: float | None = None, device: Any = None, dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_arc_face_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
-    margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
-    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    ignore_index: int | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearArcFaceLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.5,
-        straight_through: bool = False, filter_above: float | None = None, device: Any = None,
-        dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_combined_margin_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
-    m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
-    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearCombinedMarginLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, scale: float = 64.0, m1: float = 1.0,
-        m2: float = 0.3, m3: float = 0.2, device: Any = None, dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_logit_adjusted_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, log_prior: Tensor, tau: float = 1.0,
-    linear_bias: Tensor | None = None, weight: Tensor | None = None,
-    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearLogitAdjustedLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, log_prior: Tensor | None = None, tau: float = 1.0,
-        bias: bool = False, device: Any = None, dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_logit_clip_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, tau: float = 1.0,
-    clipped_norm: float | None = None, weight: Tensor | None = None,
-    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearLogitClipLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, tau: float = 1.0, clipped_norm: float | None = None,
-        device: Any = None, dtype: Any = None, **options: Any,
-    ) -> None: ...
-
-def linear_shared_covariance_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, covariance: Tensor,
-    strength: float = 1.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
-    sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearSharedCovarianceLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, covariance: Tensor | None = None,
-        strength: float = 1.0, bias: bool = False, device: Any = None, dtype: Any = None,
-        **options: Any,
-    ) -> None: ...
-
-def linear_adaptive_ldr_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: Tensor, margin: float = 1.0,
-    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
-) -> Tensor: ...
-
-class LinearAdaptiveLdrLoss(CatalogueModule):
-    def __init__(self,
-        in_features: int, num_classes: int, *, lam: Tensor | None = None, margin: float = 1.0,
-        device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_error_norm_truncation_loss(
