@@ -5,7 +5,7 @@
 F is plain PyTorch on the logits (R, V) of R rows; autograd gives dz of the chunk, and the backend's
 primitives turn it into dx and dw, as the ``teacher`` term whose basis is dz itself. 3 GEMMs, a
 buffer (R, V) and what F allocates; distillation has the teacher's logits of the same rows beside.
-Compilers leave it out of their graphs.
+Compilers are refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ MIN_ROWS = 64
 """Fewer would read w too often, whatever is to fit."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def chunked_loss(
     head: HeadInputs,
     losses: RowLosses,
@@ -69,6 +68,11 @@ def chunked_loss(
         options: ``chunk_rows`` and memory.
         backend: who computes logits and products.
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a loss over chunks of logits does not go into a graph; call it outside of the "
+            "compiled function, on its features"
+        )
     opts = checked_options(options)
     rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
     chosen = backends.select(backend, head.x.device, head.x.dtype)
