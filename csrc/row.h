@@ -5,6 +5,7 @@
 //
 //   rel = z - shift        q = e^{rel - lse}
 //   dz  = c_lse q + c_mean q (1 + rel - mean) + t c_t e^{t rel - lse_t} + c_softplus σ(z)
+//       + c_variance q ((rel - mean)² + 2 (rel - mean) - variance) + c_stable s'(z)
 //       + c_average / V + 2 c_moment (rel - average) + c_vector a + c_teacher t a
 //
 // Verified by tests/test_cpu_backend.py against the reference in float64.
@@ -38,6 +39,7 @@ struct ScalarLane {
   static LOSSOPS_LANE S abs(S x) { return std::fabs(x); }
   static LOSSOPS_LANE S tanh(S x) { return std::tanh(x); }
   static LOSSOPS_LANE S log(S x) { return std::log(x); }
+  static LOSSOPS_LANE S expm1(S x) { return std::expm1(x); }
   static LOSSOPS_LANE S pow(S x, S y) { return std::pow(x, y); }
 };
 
@@ -125,6 +127,19 @@ LOSSOPS_LANE L sigmoid(const L& z) {
   return Lane<L>::select(z < L(0), e, L(1)) / (L(1) + e);
 }
 
+// s(z) = 1 + z for z >= 0, 1 / (1 - z) below, and its derivative 1 or s². A NaN stays.
+template <typename L>
+LOSSOPS_LANE L stable(const L& z) {
+  const L below = L(1) / (L(1) - Lane<L>::at_most(z, L(0)));
+  return Lane<L>::select(z < L(0), below, L(1) + z);
+}
+
+template <typename L>
+LOSSOPS_LANE L stable_slope(const L& z) {
+  const L s = stable(z);
+  return Lane<L>::select(z < L(0), s * s, L(1));
+}
+
 // What one negative logit adds to a loss that is a sum over single logits, and the derivative.
 template <typename L>
 struct Addend {
@@ -151,6 +166,24 @@ struct HingeTerm {
     return {
         Lane<L>::at_least(above, L(0)),
         Lane<L>::select(above > L(0), L(1), Lane<L>::at_least(above, L(0)) * L(0))};  // keeps NaN
+  }
+};
+
+// -log(1 - η), η = exp(-e^{-z}), and e^{-z} η / (1 - η); z up to `most`, beyond which it is
+// constant.
+//
+// With u = e^{-z} either branch of the logarithm is exact; below -7 η is 0.
+template <typename L>
+struct GumbelTerm {
+  L most;
+
+  LOSSOPS_LANE Addend<L> operator()(const L& z) const {
+    using A = Lane<L>;
+    const L u = A::exp(L(0) - A::at_most(A::at_least(z, L(-7)), most)), eta = A::exp(L(0) - u);
+    const L rest = L(0) - A::expm1(L(0) - u);  // 1 - η
+    const L odds = eta / rest;
+    const L value = A::select(u < L(0.7), L(0) - A::log(rest), A::log1p(A::at_most(odds, L(1))));
+    return {value, A::select(z > most, L(0), u * odds)};
   }
 };
 
@@ -182,14 +215,17 @@ struct AsymmetricTerm {
   }
 };
 
-// Σ e^{t rel} and, for t = 1, Σ e^{rel} rel under a shift that grows: both are kept relative to it.
+// Σ e^{t rel} and, for t = 1, Σ e^{rel} rel and Σ e^{rel} rel² under a shift that grows: all are
+// kept relative to it.
 struct SoftmaxSums {
   double sum = 0;
   double weighted = 0;
+  double squares = 0;
 
-  // Follows the shift up by `by` >= 0. Both terms of `weighted` have one sign: no cancellation.
+  // Follows the shift up by `by` >= 0. All terms of a sum have one sign: no cancellation.
   LOSSOPS_LANE void raise(double by, double t = 1) {
     const double factor = std::exp(-t * by);
+    squares = factor * (squares - 2 * by * weighted + by * by * sum);
     weighted = factor * (weighted - by * sum);
     sum *= factor;
   }
@@ -223,13 +259,15 @@ enum Term : unsigned {
   kMoment = 32,
   kVector = 64,
   kTeacher = 128,
+  kVariance = 256,
+  kStable = 512,
 };
 
 // What dz of one row is made of; `c_` are the coefficients ∂loss/∂statistic.
 template <typename L>
 struct RowBasis {
-  L shift, lse, mean, average;
-  L c_lse, c_mean, c_softplus, c_vector, c_teacher;
+  L shift, lse, mean, variance, average;
+  L c_lse, c_mean, c_variance, c_softplus, c_stable, c_vector, c_teacher;
   L constant;  // c_average / V
   L slope;     // 2 c_moment
 
@@ -249,15 +287,20 @@ struct RowBasis {
     using A = Lane<L>;
     const L rel = z - shift;
     L dz = dense(terms, rel, a, t);
-    if (terms & (kSoftmax | kEntropy)) {
+    if (terms & (kSoftmax | kEntropy | kVariance)) {
       const L q = A::exp(rel - lse);
       if (terms & kSoftmax) dz = A::fma(c_lse, q, dz);
       // 0 (-inf) counts 0.
       if (terms & kEntropy) {
         dz = A::fma(c_mean, A::select(q == L(0), L(0), q * (L(1) + rel - mean)), dz);
       }
+      if (terms & kVariance) {
+        const L away = rel - mean, slope = A::fma(away, away + L(2), L(0) - variance);
+        dz = A::fma(c_variance, A::select(q == L(0), L(0), q * slope), dz);
+      }
     }
     if (terms & kSoftplus) dz = A::fma(c_softplus, sigmoid(z), dz);
+    if (terms & kStable) dz = A::fma(c_stable, stable_slope(z), dz);
     return dz;
   }
 };

@@ -1,6 +1,6 @@
 """lossops: fused large-output losses. A loss is a small function of row statistics."""
 
-from lossops import optim, samplers
+from lossops import catalogue, optim, samplers
 from lossops.checkpoint import ShardedState
 from lossops.cross_entropy import (
     CrossEntropyOutput,
@@ -65,6 +65,7 @@ __all__ = [
     "ShardedState",
     "SigmoidPairwiseLoss",
     "SoftmaxPairwiseLoss",
+    "catalogue",
     "cross_entropy",
     "gradient_cache",
     "linear_asymmetric_loss",

@@ -6,6 +6,7 @@
     sigmoid      softplus(z)                                   softplus(-z)
     hinge        max(z - margin, 0)                            max(1 - z, 0)
     asymmetric   -m^γ⁻ log(1 - m), m = max(σ(z) - clip, 0)     -σ(-z)^γ⁺ log σ(z)
+    gumbel       -log(1 - η), η = exp(-e^{-z}), z up to margin    min(e^{-z}, 20)
 
 Each once differentiable, and once as its derivative in closed form, which is what a sweep uses.
 Where ``detached``, the focusing factors m^γ⁻ and σ(-z)^γ⁺ are constants of the gradient.
@@ -18,6 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+GUMBEL_MOST = 20.0
+"""The largest loss of a positive of the kind "gumbel"."""
 
 
 class Binary(NamedTuple):
@@ -46,7 +50,7 @@ class Binary(NamedTuple):
         """The parameters of φ, in the order of the primitives."""
         if self.kind == "sigmoid":
             return []
-        if self.kind == "hinge":
+        if self.kind in ("hinge", "gumbel"):
             return [self.margin]
         return [self.gamma_neg, self.clip, float(self.detached)]
 
@@ -57,6 +61,11 @@ def negative(kind: str, parameters: list[float], z: Tensor) -> Tensor:
         return softplus(z)
     if kind == "hinge":
         return (z - parameters[0]).relu()
+    if kind == "gumbel":
+        u, eta = _gumbel(z, parameters[0])
+        near = u < 0.7  # either branch is exact
+        rest = torch.where(near, -torch.expm1(-u), 1.0)
+        return -torch.where(near, rest.log(), torch.log1p(-torch.where(near, 0.0, eta)))
     gamma, clip, detached = parameters
     m = torch.sigmoid(z) - clip
     kept = m > 0
@@ -72,6 +81,9 @@ def negative_slope(kind: str, parameters: list[float], z: Tensor) -> Tensor:
     if kind == "hinge":
         above = z - parameters[0]
         return torch.where(above > 0, 1.0, above.clamp_min(0.0) * 0.0)  # NaN stays NaN
+    if kind == "gumbel":
+        u, eta = _gumbel(z, parameters[0])
+        return torch.where(z > parameters[0], 0.0, u * eta / -torch.expm1(-u))
     gamma, clip, detached = parameters
     p, q = torch.sigmoid(z), torch.sigmoid(-z)
     m = p - clip
@@ -87,6 +99,8 @@ def positive(loss: Binary, z: Tensor) -> Tensor:
     """ψ(z), differentiable."""
     if loss.kind == "hinge":
         return (1 - z).relu()
+    if loss.kind == "gumbel":
+        return (-z.clamp_max(loss.margin)).exp().clamp_max(GUMBEL_MOST)
     value = softplus(-z)
     if loss.kind == "sigmoid" or loss.gamma_pos == 0:
         return value
@@ -98,6 +112,10 @@ def positive_slope(loss: Binary, z: Tensor) -> Tensor:
     """ψ'(z)."""
     if loss.kind == "hinge":
         return torch.where(z < 1, -1.0, (1 - z).clamp_min(0.0) * 0.0)
+    if loss.kind == "gumbel":
+        value = (-z).exp()
+        flat = (z > loss.margin) | (value > GUMBEL_MOST)
+        return torch.where(flat, 0.0, -value)
     q = torch.sigmoid(-z)
     if loss.kind == "sigmoid" or loss.gamma_pos == 0:
         return -q
@@ -110,6 +128,12 @@ def positive_slope(loss: Binary, z: Tensor) -> Tensor:
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z): `torch.nn.functional.softplus` is the identity from 20 on."""
     return F.softplus(z, threshold=50)
+
+
+def _gumbel(z: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """u = e^{-z} and η = e^{-u}; below -7 η is 0 in any dtype."""
+    u = (-z.clamp(-7.0, most)).exp()
+    return u, (-u).exp()
 
 
 def _log_rest(z: Tensor, clip: float) -> Tensor:

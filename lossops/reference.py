@@ -362,6 +362,10 @@ def _block_statistics(
         elif name == "entropy":
             q = (neg - logsumexp(neg).unsqueeze(1)).masked_fill(neg == -torch.inf, -torch.inf).exp()
             found["mean"] = (q * neg.masked_fill(q == 0, 0.0)).sum(1)
+        elif name == "variance":
+            q = (neg - found["lse"].unsqueeze(1)).masked_fill(neg == -torch.inf, -torch.inf).exp()
+            away = neg.masked_fill(q == 0, 0.0) - found["mean"].unsqueeze(1)
+            found["variance"] = (q * away.square()).sum(1)
         elif name == "max":
             found["max"], found["argmax"] = _largest(neg)
         elif name == "runner_up":
@@ -381,6 +385,8 @@ def _block_statistics(
             found["moment"] = (rel - rel.mean(1, keepdim=True)).square().sum(1)
         elif name == "softplus":
             found["softplus"] = F.softplus(z.masked_fill(mask, -torch.inf), threshold=50).sum(1)
+        elif name == "stable_sum":
+            found["stable_sum"] = stable(z.masked_fill(mask, -torch.inf)).sum(1)
         elif name == "weighted_sum":
             assert class_vector is not None
             found["weighted_sum"] = (rel * class_vector.to(rel.dtype)).sum(1)
@@ -492,13 +498,18 @@ def _negatives_gradient(
         floor = torch.where(lse == -torch.inf, 0.0, lse)  # no negatives: q = 0, not 0 / 0
         return torch.exp(t * rel - floor.unsqueeze(1))
 
-    if (c := coef.get("lse")) is not None or coef.get("mean") is not None:
+    if any(coef.get(output) is not None for output in ("lse", "mean", "variance")):
         q = softmax(1.0, stat["lse"])
+        c = coef.get("lse")
         if c is not None:
             dz += c.unsqueeze(1) * q
         if (c := coef.get("mean")) is not None:
             away = 1 + rel - stat["mean"].unsqueeze(1)
             dz += c.unsqueeze(1) * torch.where(q == 0, zero, q * away)
+        if (c := coef.get("variance")) is not None:
+            away = rel - stat["mean"].unsqueeze(1)
+            slope = q * (away * (away + 2) - stat["variance"].unsqueeze(1))
+            dz += c.unsqueeze(1) * torch.where(q == 0, zero, slope)
     for name in names:
         if is_log_sum(name) and (c := coef[name]) is not None:
             t = temperature(name)
@@ -506,6 +517,8 @@ def _negatives_gradient(
             dz += (t * c).unsqueeze(1) * torch.where(z > limit(name), 0.0, q)
     if (c := coef.get("softplus")) is not None:
         dz += c.unsqueeze(1) * torch.sigmoid(z)
+    if (c := coef.get("stable_sum")) is not None:
+        dz += c.unsqueeze(1) * torch.where(z < 0, stable(z).square(), 1.0)
     if (c := coef.get("average")) is not None:
         dz += (c / (num_classes or v)).unsqueeze(1)
     if (c := coef.get("moment")) is not None:
@@ -574,6 +587,12 @@ def logsumexp(z: Tensor) -> Tensor:
     empty = (z == -torch.inf).all(1)
     lse = torch.logsumexp(z.masked_fill(empty.unsqueeze(1), 0.0), 1) if z.shape[1] else z.sum(1)
     return lse.masked_fill(empty, -torch.inf)
+
+
+def stable(z: Tensor) -> Tensor:
+    """s(z) = 1 + z for z ≥ 0, 1 / (1 - z) below; 0 at -inf."""
+    below = z < 0
+    return torch.where(below, 1 / (1 - torch.where(below, z, 0.0)), 1 + z.clamp_min(0.0))
 
 
 def _largest(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,12 @@ STATISTICS: dict[str, Statistic] = {
     "entropy": Statistic(
         ("mean",), "Σ q_j z_j over the negatives", "q_j (1 + z_j - mean)", ("lse",)
     ),
+    "variance": Statistic(
+        ("variance",),
+        "Σ q_j (z_j - mean)² over the negatives",
+        "q_j ((z_j - mean)² + 2 (z_j - mean) - variance)",
+        ("entropy",),
+    ),
     "max": Statistic(("max", "argmax"), "largest negative and its id", "[j = argmax]"),
     "runner_up": Statistic(
         ("runner_up", "runner_up_index"),
@@ -52,6 +58,11 @@ STATISTICS: dict[str, Statistic] = {
     "sum": Statistic(("average",), "z̄ over all classes", "1 / V"),
     "sumsq": Statistic(("moment",), "Σ (z_j - z̄)² over all classes", "2 (z_j - z̄)", ("sum",)),
     "softplus": Statistic(("softplus",), "Σ log(1 + e^{z_j}) over the negatives", "σ(z_j)"),
+    "stable_sum": Statistic(
+        ("stable_sum",),
+        "Σ s(z_j) over the negatives, s(z) = 1 + z for z ≥ 0, 1 / (1 - z) below",
+        "s'(z_j) = 1 for z_j ≥ 0, s(z_j)² below",
+    ),
     "weighted_sum": Statistic(("weighted_sum",), "Σ a_j z_j over all classes", "a_j"),
     "teacher": Statistic(("teacher",), "Σ t_j a_j z_j over all classes", "t_j a_j"),
 }
@@ -239,6 +250,11 @@ class RowStatistics:
         return self.relative("softplus")
 
     @property
+    def stable_sum(self) -> Tensor:
+        """Σ s(z_j) over the negatives, (N,), s(z) = 1 + z for z ≥ 0 and 1 / (1 - z) below."""
+        return self.relative("stable_sum")
+
+    @property
     def weighted_sum(self) -> Tensor:
         """Σ a_j z_j over all classes, (N,)."""
         relative = self.relative("weighted_sum")
@@ -306,6 +322,17 @@ class RowStatistics:
             return h_q
         log_p, log_1mp = self.log_p, self.log_1mp
         return _exp_times(log_p, -log_p) + _exp_times(log_1mp, h_q - log_1mp)
+
+    @property
+    def variance(self) -> Tensor:
+        """Σ p_j (z_j - Σ p z)² over all classes, (N,): the variance of log p under p."""
+        variance = self.relative("variance")
+        if "target" not in self.values:
+            return variance
+        # (1 - p) var_q + p (1 - p) (target - mean_q)²
+        log_p, log_1mp = self.log_p, self.log_1mp
+        away = (self._single_target() - self.relative("mean")).square()
+        return _exp_times(log_1mp, variance) + _exp_times(log_p + log_1mp, away)
 
     @staticmethod
     def merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
@@ -422,6 +449,14 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
             lse = out["lse"]
             weight_a, weight_b = left["lse"] + da - lse, right["lse"] + db - lse
             out[name] = _exp_times(weight_a, la + da) + _exp_times(weight_b, lb + db)
+        elif name == "variance":
+            lse, away = out["lse"], (left["mean"] + da) - (right["mean"] + db)
+            weight_a, weight_b = left["lse"] + da - lse, right["lse"] + db - lse
+            out[name] = (
+                _exp_times(weight_a, la)
+                + _exp_times(weight_b, lb)
+                + _exp_times(weight_a + weight_b, away.square())
+            )
         elif name in ("max", "runner_up"):
             continue
         elif name == "average":
@@ -429,7 +464,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
         elif name == "moment":
             delta = (left["average"] + da) - (right["average"] + db)
             out[name] = la + lb + delta.square() * (va * vb / (va + vb))
-        elif name == "softplus":
+        elif name in ("softplus", "stable_sum"):
             out[name] = la + lb
         elif name == "weighted_sum":
             assert a.class_vector_sum is not None

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 import lossops_bench
 from lossops_bench import runner
 from lossops_bench.case import Case, Problem, Rival
-from lossops_bench.cases import CASES
+from lossops_bench.cases import CASES, CATALOGUE
 from lossops_bench.cli import build_app
 from lossops_bench.figures import Report, rows
 from lossops_bench.measure import copy_ways, product_ways, seconds
 from lossops_bench.memory import RivalSetup, SamplingMeter, peak_extra
-from lossops_bench.report import footnotes, results_table
+from lossops_bench.report import catalogue_table, footnotes, results_table
 from lossops_bench.runner import Settings, run
 from lossops_bench.shapes import SHAPES, Shape, parse_shape
 from lossops_bench.truth import errors, verdict
@@ -134,6 +134,25 @@ def test_truth_agrees_with_autograd_in_float64(name: str):
     found = errors(case.call(case.rival("plain"), "training", inputs), case.truth(where, inputs))
     assert set(found) == {"loss", *case.differentiable.values()}
     assert max(found.values()) < 1e-13
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_each_loss_of_the_catalogue_runs_beside_its_definition(name: str):
+    """Right, timed, and over our plain cross-entropy: what `run catalogue` does, on little."""
+    case = CATALOGUE[name]()
+    report = run(case, problem(), case.rivals, QUICK)
+    assert {f.name: f.status for f in report.figures if f.status != "unit"} == {
+        "lossops": "ok", "plain": "ok",
+    }, [f.reason for f in report.figures]  # fmt: skip
+    text = catalogue_text([rows(report)])
+    assert name.partition("/")[2] in text
+    assert report.unit.startswith("lossops")
+
+
+def catalogue_text(cases: list) -> str:
+    console = Console(width=150, file=io.StringIO())
+    console.print(catalogue_table(cases))
+    return console.file.getvalue()
 
 
 def test_verdict_takes_the_larger_of_floor_and_slack():

@@ -22,12 +22,14 @@ from torch import nn
 
 import lossops
 from lossops import backends, statistics, switches
+from lossops.catalogue import listing
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {name: getattr(lossops, name) for name in lossops.__all__}
-for _name in ("optim", "samplers"):
+for _name in ("catalogue", "optim", "samplers"):
     _room = PUBLIC.pop(_name)
     PUBLIC |= {f"{_name}.{name}": getattr(_room, name) for name in _room.__all__}
+PUBLIC.pop("catalogue.RECIPES")
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
 SECTIONS = ("Args", "Attributes", "Returns", "Raises", "Note", "Example", "Reference")
 EVERY_PUBLIC = pytest.mark.parametrize("name", PUBLIC)
@@ -183,16 +185,26 @@ def test_command_exists(command):
 def check_benchmark(arguments):
     """The command line takes the arguments, and its case and shapes exist."""
     typer = pytest.importorskip("typer")
-    from lossops_bench.cases import CASES
+    from lossops_bench.cases import CASES, CATALOGUE
     from lossops_bench.cli import build_app
     from lossops_bench.shapes import parse_shape
 
     name, *rest = arguments
     command = typer.main.get_command(build_app()).commands[name]
     found = command.make_context(name, rest).params
-    assert found.get("case") in (None, *CASES)
+    assert found.get("case") in (None, "catalogue", *CASES, *CATALOGUE)
     for shape in found.get("shape") or []:
         parse_shape(shape)
+
+
+def test_the_recipe_of_contributing_is_one_of_the_catalogue_and_short():
+    places = [*(ROOT / "lossops" / "catalogue").glob("*.py"),
+              *(ROOT / "bench" / "lossops_bench" / "dense").glob("*.py")]  # fmt: skip
+    sources = "".join(path.read_text(encoding="utf-8") for path in places)
+    shown = blocks("CONTRIBUTING.md", "python")
+    assert len(shown) == 2
+    assert all(block in sources for block in shown)
+    assert sum(block.count("\n") for block in shown) < 30
 
 
 def test_links_lead_somewhere():
@@ -297,7 +309,9 @@ def statistics_table():
 TABLES = {
     "backends": ("README.md", backend_table),
     "statistics": ("docs/statistics.md", statistics_table),
+    "catalogue": ("docs/catalogue.md", listing.tables),
 }
+STUB = ROOT / "lossops" / "catalogue" / "__init__.pyi"
 
 
 def between_markers(name):
@@ -312,6 +326,10 @@ def test_table(name):
     written = between_markers(name).search((ROOT / path).read_text(encoding="utf-8"))
     assert written, f"{path} must hold a table between table:{name} and /table"
     assert written[0].strip() == make(), f"{path} is out of date; run: python tests/test_docs.py"
+
+
+def test_the_stub_of_the_catalogue_is_that_of_its_table():
+    assert STUB.read_text(encoding="utf-8") == listing.stub(), "run: python tests/test_docs.py"
 
 
 def test_every_statistic_has_its_row():
@@ -331,18 +349,27 @@ def test_switches_are_in_the_readme():
 
 @EVERY_FUNCTION
 def test_function_is_in_the_readme(name):
-    assert f"`{name}(" in (ROOT / "README.md").read_text(encoding="utf-8")
+    """Of the catalogue, in its own document."""
+    room, _, short = name.rpartition(".")
+    path, said = (
+        ("docs/catalogue.md", f"`{short}") if room == "catalogue" else ("README.md", f"`{name}(")
+    )
+    assert said in (ROOT / path).read_text(encoding="utf-8")
 
 
 def test_modules_are_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    modules = [n for n, t in PUBLIC.items() if isinstance(t, type) and issubclass(t, nn.Module)]
+    modules = [
+        n
+        for n, t in PUBLIC.items()
+        if isinstance(t, type) and issubclass(t, nn.Module) and "catalogue." not in n
+    ]
     assert all(f"`{name}`" in text for name in modules)
 
 
 def test_modules_of_the_library_say_what_they_are():
-    for path in sorted((ROOT / "lossops").glob("*.py")):
-        name = "lossops" if path.stem == "__init__" else f"lossops.{path.stem}"
+    for path in sorted((ROOT / "lossops").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         assert importlib.import_module(name).__doc__, name
 
 
@@ -353,3 +380,4 @@ if __name__ == "__main__":
         new = between_markers(name).sub(lambda _, make=make: make() + "\n", old)
         (ROOT / path).write_text(new, encoding="utf-8")
         print(f"{path}: {name} {'as it was' if new == old else 'written anew'}")
+    STUB.write_text(listing.stub(), encoding="utf-8")

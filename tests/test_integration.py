@@ -69,6 +69,9 @@ CALLS = {
     "linear_loss": lambda x, w, b, y, k: lossops.linear_loss(
         x, w, y, focal, linear_bias=b, backend=k
     ),
+    "linear_loss, catalogue": lambda x, w, b, y, k: lossops.catalogue.linear_dual_focal_loss(
+        x, w, y, gamma=3.0, linear_bias=b, backend=k
+    ),
     "cross_entropy": lambda x, w, b, y, k: lossops.cross_entropy(
         F.linear(x, w, b), y, label_smoothing=0.1, backend=k
     ),

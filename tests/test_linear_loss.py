@@ -577,6 +577,12 @@ ATTRIBUTES = {
     "softplus": lambda z, y: (
         negatives(F.softplus(z), y).masked_fill(F.one_hot(y, V).bool(), 0.0).sum(1)
     ),
+    "stable_sum": lambda z, y: (
+        torch.where(z < 0, 1 / (1 - z), 1 + z).masked_fill(F.one_hot(y, V).bool(), 0.0).sum(1)
+    ),
+    "variance": lambda z, y: (
+        (z.softmax(1) * z.square()).sum(1) - (z.softmax(1) * z).sum(1).square()
+    ),
     "weighted_sum": lambda z, y: z @ vector(),
     "teacher": lambda z, y: (z * teacher() * vector()).sum(1),
     "target_minus_lse": lambda z, y: at(z, y) - negatives(z, y).logsumexp(1),
@@ -593,8 +599,8 @@ IDS = {
     ),
 }
 INNER = {"shift", "relative_logsumexp"}  # how the others are stored
-NAMES = ("target", "lse", "entropy", "runner_up", "below_target", "sumsq", "softplus",
-         "weighted_sum", "teacher", "lse@0.5")  # fmt: skip
+NAMES = ("target", "lse", "variance", "runner_up", "below_target", "sumsq", "softplus",
+         "stable_sum", "weighted_sum", "teacher", "lse@0.5")  # fmt: skip
 
 
 def vector():

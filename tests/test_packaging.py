@@ -67,7 +67,9 @@ def sources(folder, *patterns):
 
 def test_sdist_holds_all_that_a_build_and_a_test_run_need(archives):
     names, _ = archives
-    wanted = sources("lossops", "*.py") | sources("bench", "*.py") | sources("tests", "*.py")
+    wanted = (
+        sources("lossops", "*.py", "*.pyi") | sources("bench", "*.py") | sources("tests", "*.py")
+    )
     wanted |= sources("csrc", "*.cpp", "*.h")
     wanted |= {"lossops/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
     wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements-dev.txt", ".ci/run"}
@@ -79,7 +81,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(archives):
     _, wheel = archives
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    wanted = {"lossops/py.typed"}
+    wanted = {"lossops/py.typed", "lossops/catalogue/__init__.pyi"}
     for package, folder in PACKAGES.items():
         wanted |= {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == wanted

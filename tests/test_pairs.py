@@ -20,6 +20,7 @@ KINDS = {
     "hinge": Binary("hinge", margin=0.3),
     "asymmetric": Binary("asymmetric", 0.0, 4.0, 1.0, 0.05, True),
     "attached": Binary("asymmetric", 0.0, 2.5, 1.5, 0.1, False),
+    "gumbel": Binary("gumbel", margin=10.0),
     "unclipped": Binary("asymmetric", 0.0, 1.0, 0.0, 0.0, False),
 }
 ids = lambda values: "N{}-V{}-D{}".format(*values)  # noqa: E731

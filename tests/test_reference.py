@@ -77,6 +77,10 @@ def as_the_table_says(name: str, z: Tensor, ids: list[int], a: Tensor, t: Tensor
         return [torch.logsumexp(torch.where(n > float(name[4:]), 0.0, n), 0)]
     if name == "entropy":
         return [(n.softmax(0) * n).sum()]
+    if name == "variance":
+        return [(n.softmax(0) * (n - (n.softmax(0) * n).sum()).square()).sum()]
+    if name == "stable_sum":
+        return [torch.where(n < 0, 1 / (1 - n), 1 + n).sum()]
     if name in ("max", "runner_up", "below_target"):
         rank = sorted(negatives, key=lambda j: -float(z[j]))
         rank = rank[1:] if name == "runner_up" else rank
@@ -99,7 +103,7 @@ def absolute(stats: RowStatistics, output: str) -> Tensor:
     value, m = stats.relative(output), stats.shift
     if output.startswith("lse@"):
         return stats.lse_at(float(output[4:]))
-    if output in ("moment", "softplus", *INDEX_OUTPUTS):
+    if output in ("moment", "softplus", "stable_sum", "variance", *INDEX_OUTPUTS):
         return value
     if output in ("weighted_sum", "teacher"):
         return getattr(stats, output)
@@ -127,7 +131,8 @@ def test_the_teacher_without_a_class_vector_is_the_plain_product() -> None:
 
 SMOOTH = (
     "target", "lse", "logsumexp", "log_p", "log_1mp", "entropy", "max", "runner_up", "below_target",
-    "sum", "sumsq", "moment", "softplus", "weighted_sum", "teacher", "target_minus_lse",
+    "sum", "sumsq", "moment", "softplus", "stable_sum", "variance", "weighted_sum", "teacher",
+    "target_minus_lse",
 )  # fmt: skip
 
 
@@ -319,7 +324,9 @@ def test_rows_of_infinities_have_finite_gradients() -> None:
 def test_statistics_are_relative_to_a_shift_that_takes_all_of_an_offset() -> None:
     z, _, t = tensors()
     target = TARGETS["one"]
-    names = canonical([n for n in NAMES if n not in ("softplus", "weighted_sum", "lse<0.3")])
+    names = canonical(
+        [n for n in NAMES if n not in ("softplus", "stable_sum", "weighted_sum", "lse<0.3")]
+    )
     here = reference.logits_statistics(z, target, None, t, names)
     there = reference.logits_statistics(z + 1e4, target, None, t, names)
     for output, a, b in zip(outputs(names), here, there, strict=True):

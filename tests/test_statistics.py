@@ -26,13 +26,17 @@ from lossops.statistics import (
 
 MERGEABLE = canonical(["lse@2", "lse<0.3", *(n for n in STATISTICS if n != "below_target")])
 # Sums over all classes are -inf or NaN as soon as one logit is -inf, as they should be.
-WITH_HOLES = canonical(["lse@2", "lse<0.3", "entropy", "runner_up", "softplus", "target"])
+WITH_HOLES = canonical(
+    ["lse@2", "lse<0.3", "variance", "runner_up", "softplus", "stable_sum", "target"]
+)
 ATTRIBUTES = (
     "target", "lse", "logsumexp", "log_p", "log_1mp", "target_minus_lse", "entropy", "max",
-    "argmax", "runner_up", "runner_up_index", "sum", "sumsq", "moment", "softplus",
+    "argmax", "runner_up", "runner_up_index", "sum", "sumsq", "moment", "softplus", "stable_sum",
+    "variance",
     "weighted_sum", "teacher",
 )  # fmt: skip
-OF_SEVERAL = tuple(a for a in ATTRIBUTES if a not in ("log_1mp", "target_minus_lse", "entropy"))
+OF_ONE = ("log_1mp", "target_minus_lse", "entropy", "variance")
+OF_SEVERAL = tuple(a for a in ATTRIBUTES if a not in OF_ONE)
 
 
 def collect(

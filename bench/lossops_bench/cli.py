@@ -13,11 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lossops_bench.case import Case, Problem, Rival
-from lossops_bench.cases import CASES
+from lossops_bench.cases import CASES, CATALOGUE
 from lossops_bench.figures import Row, append_rows, rows
 from lossops_bench.inputs import tiny
 from lossops_bench.plot import save_plot
-from lossops_bench.report import case_table, footnotes, results_table, shapes_table
+from lossops_bench.report import (
+    case_table,
+    catalogue_table,
+    footnotes,
+    results_table,
+    shapes_table,
+)
 from lossops_bench.runner import Settings, run, steps
 from lossops_bench.shapes import SHAPES, Shape, parse_shape
 
@@ -76,11 +82,15 @@ def list_command() -> None:
     problem = tiny(Problem(SHAPES["small"], torch.bfloat16))
     for case in CASES.values():
         console.print(case_table(case, problem))
+    console.print("catalogue, or one of its losses:", ", ".join(CATALOGUE), "\n")
     console.print(shapes_table(SHAPES.values()))
 
 
 def run_command(
-    case: Annotated[str, typer.Argument(help="One of those that `list` shows, or near_far.")],
+    case: Annotated[
+        str,
+        typer.Argument(help="One of those that `list` shows; catalogue for all of it; near_far."),
+    ],
     shape: Annotated[
         list[str] | None, typer.Option(help="N,D,V or NAME or NAME:N; may be repeated.")
     ] = None,
@@ -102,8 +112,8 @@ def run_command(
 
         near_far_command()
         return
-    chosen = _case(case)
-    competing = _rivals(chosen, rivals)
+    chosen = [_case(name) for name in (CATALOGUE if case == "catalogue" else [case])]
+    competing = {one.name: _rivals(one, rivals) for one in chosen}
     _check_device(device)
     problems = [
         Problem(
@@ -121,10 +131,14 @@ def run_command(
     console = _console()
     done: list[list[Row]] = []
     for problem in problems:
-        done.append(_run(chosen, problem, competing, settings, console))
-        console.print(results_table(done[-1]), footnotes(done[-1]), "")
-        if json:
-            append_rows(done[-1], json)
+        for one in chosen:
+            done.append(_run(one, problem, competing[one.name], settings, console))
+            if json:
+                append_rows(done[-1], json)
+            if len(chosen) == 1:
+                console.print(results_table(done[-1]), footnotes(done[-1]), "")
+        if len(chosen) > 1:
+            console.print(catalogue_table(done[-len(chosen) :]), footnotes(done[-1]), "")
     if plot:
         save_plot(done, plot)
 
@@ -148,8 +162,11 @@ def _run(
 
 
 def _case(name: str) -> Case:
+    if name in CATALOGUE:
+        return CATALOGUE[name]()
     if name not in CASES:
-        raise typer.BadParameter(f"CASE must be one of {', '.join(CASES)}; got {name!r}")
+        known = ", ".join([*CASES, "catalogue"])
+        raise typer.BadParameter(f"CASE must be one of {known}, or catalogue/LOSS; got {name!r}")
     return CASES[name]
 
 

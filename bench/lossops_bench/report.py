@@ -13,6 +13,7 @@ from lossops_bench.shapes import Shape
 __all__ = [
     "bytes_text",
     "case_table",
+    "catalogue_table",
     "footnotes",
     "plain_table",
     "problem_title",
@@ -37,6 +38,33 @@ def results_table(rows: Sequence[Row]) -> Table:
         if row["status"] in _STYLES:
             cells = [*_speed(row), *(_error(row["errors"].get(name)) for name in errors)]
             table.add_row(*cells, *([row["note"]] if notes else []), style=_style(row))
+    return table
+
+
+def catalogue_table(cases: Sequence[Sequence[Row]]) -> Table:
+    """A line for each loss: ours beside plain PyTorch, and over our plain cross-entropy."""
+    first = cases[0][0]
+    n, d, v = first["shape"]
+    table = plain_table(f"catalogue, {first['mode']}, N={n} D={d} V={v}, {first['dtype']}")
+    table.add_column("loss", no_wrap=True)
+    for heading in ("time", "±", "× CE", "extra", "plain", "× CE", "extra", "worst err", "plain's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rows in cases:
+        by_name = {row["rival"]: row for row in rows}
+        cells = []
+        for name in ("lossops", "plain"):
+            row = by_name.get(name)
+            if row is None or row["seconds"] is None:
+                cells.append([row["status"] if row else "", "", "", "", ""])
+                continue
+            speed = _speed(row)
+            extra = "" if row["extra_bytes"] is None else speed[7]
+            worst = max(row["errors"].values(), default=None)
+            cells.append([speed[1], speed[2], speed[6], extra, _error(worst)])
+        ours, plain = cells
+        table.add_row(
+            rows[0]["case"].partition("/")[2], *ours[:4], plain[0], *plain[2:4], ours[4], plain[4]
+        )
     return table
 
 

@@ -16,6 +16,7 @@ namespace lossops {
 template <typename S>
 unsigned terms_of(const Fields<S>& coefficient) {
   return (coefficient.lse ? kSoftmax : 0u) | (coefficient.mean ? kEntropy : 0u) |
+         (coefficient.variance ? kVariance : 0u) | (coefficient.stable_sum ? kStable : 0u) |
          (coefficient.softplus ? kSoftplus : 0u) | (coefficient.average ? kAverage : 0u) |
          (coefficient.moment ? kMoment : 0u) | (coefficient.weighted_sum ? kVector : 0u) |
          (coefficient.teacher ? kTeacher : 0u) |
@@ -40,10 +41,13 @@ struct Chain {
         .shift = at(statistic.shift),
         .lse = lse == -kInf<S> ? S(0) : lse,  // no negatives: q = 0, not 0 / 0
         .mean = at(statistic.mean),
+        .variance = at(statistic.variance),
         .average = at(statistic.average),
         .c_lse = at(coefficient.lse),
         .c_mean = at(coefficient.mean),
+        .c_variance = at(coefficient.variance),
         .c_softplus = at(coefficient.softplus),
+        .c_stable = at(coefficient.stable_sum),
         .c_vector = at(coefficient.weighted_sum),
         .c_teacher = at(coefficient.teacher),
         .constant = at(coefficient.average) / static_cast<S>(task.classes),
@@ -55,8 +59,9 @@ struct Chain {
 template <typename S>
 inline RowBasis<Vec<S>> broadcast(const RowBasis<S>& r) {
   using V = Vec<S>;
-  return {V(r.shift),      V(r.lse),      V(r.mean),      V(r.average),  V(r.c_lse), V(r.c_mean),
-          V(r.c_softplus), V(r.c_vector), V(r.c_teacher), V(r.constant), V(r.slope)};
+  return {V(r.shift),    V(r.lse),       V(r.mean),       V(r.variance),   V(r.average),
+          V(r.c_lse),    V(r.c_mean),    V(r.c_variance), V(r.c_softplus), V(r.c_stable),
+          V(r.c_vector), V(r.c_teacher), V(r.constant),   V(r.slope)};
 }
 
 // dz of the negatives in place of z (1, n); `a` and `t` as in RowBasis, null where not used.

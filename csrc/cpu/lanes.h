@@ -33,6 +33,7 @@ struct Lane<Vec<S>> {
   static LOSSOPS_LANE L abs(const L& x) { return x.abs(); }
   static LOSSOPS_LANE L tanh(const L& x) { return x.tanh(); }
   static LOSSOPS_LANE L log(const L& x) { return x.log(); }
+  static LOSSOPS_LANE L expm1(const L& x) { return x.expm1(); }
   static LOSSOPS_LANE L pow(const L& x, const L& y) { return x.pow(y); }
   static LOSSOPS_LANE L power_of_two(const L& t) {
     const auto bits = at::vec::cast<std::int32_t>(t);

@@ -34,7 +34,8 @@ void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::Sc
 bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
   if (head.softcap != 0 || !contains(head.names, "lse")) return false;
   for (const auto& name : head.names) {  // those that take z a second time
-    if (name == "entropy" || name == "below_target" || is_log_sum(name)) return false;
+    if (name == "entropy" || name == "variance" || name == "below_target" || is_log_sum(name))
+      return false;
   }
   for (const auto& name : wanted) {
     if (name != "target" && name != "lse") return false;
@@ -61,7 +62,7 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   const auto z_tile = [&](int64_t, int64_t, int64_t first, int64_t n) {
     return buffer.narrow(1, first, n);
   };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing);
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing, true);
   if (keep) {
     S* sums = buffer.template data_ptr<S>() + task.classes;
     for (int64_t i = 0; i < task.rows; ++i) {

@@ -35,14 +35,15 @@ double binary_row(const std::string& kind, const std::vector<double>& p, S* z, i
     if (a == nullptr) return sigmoid_pass<kGradient>(z, n, factor);
     return term_pass<kGradient>(SigmoidTerm<V>{}, z, n, a, factor);
   }
+  if (kind == "gumbel") return term_pass<kGradient>(GumbelTerm<V>{V(at(0))}, z, n, a, factor);
   if (kind == "hinge") return term_pass<kGradient>(HingeTerm<V>{V(at(0))}, z, n, a, factor);
   return term_pass<kGradient>(AsymmetricTerm<V>{at(0), at(1), p[2] != 0}, z, n, a, factor);
 }
 
 void check_kind(const std::string& kind, const std::vector<double>& parameters) {
-  const size_t expected = kind == "sigmoid" ? 0 : kind == "hinge" ? 1 : 3;
-  TORCH_CHECK(kind == "sigmoid" || kind == "hinge" || kind == "asymmetric",
-              "kind must be sigmoid, hinge or asymmetric, got '", kind, "'");
+  const size_t expected = kind == "sigmoid" ? 0 : kind == "hinge" || kind == "gumbel" ? 1 : 3;
+  TORCH_CHECK(kind == "sigmoid" || kind == "hinge" || kind == "gumbel" || kind == "asymmetric",
+              "kind must be sigmoid, hinge, gumbel or asymmetric, got '", kind, "'");
   TORCH_CHECK(parameters.size() == expected, "parameters of '", kind, "' must be ", expected,
               " numbers, got ", parameters.size());
 }

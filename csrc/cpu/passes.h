@@ -99,21 +99,24 @@ inline int64_t find(const S* z, int64_t n, S value, int64_t start = 0) {
   return -1;
 }
 
-// Σ e^{t rel} of rel = z - shift, with Σ e^{t rel} t rel where asked.
-template <bool kWeighted, typename S>
+// Σ e^{t rel} of rel = z - shift, with Σ e^{t rel} t rel where asked, and Σ e^{t rel} (t rel)².
+template <bool kWeighted, bool kSquares = false, typename S>
 inline SoftmaxSums exponentials(const S* z, int64_t n, S shift, S t) {
   using A = Lane<Vec<S>>;
   const Vec<S> shifts(shift), ts(t);
-  Vec<S> sum(0), weighted(0);
+  Vec<S> sum(0), weighted(0), squares(0);
   for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
     const Vec<S> rel = ts * (load(z + i, count, -kInf<S>) - shifts);
     const Vec<S> e = A::exp(rel);
     sum = sum + e;
     if constexpr (kWeighted) {
-      weighted = weighted + A::select(e == Vec<S>(0), Vec<S>(0), e * rel);
+      const Vec<S> term = A::select(e == Vec<S>(0), Vec<S>(0), e * rel);
+      weighted = weighted + term;
+      if constexpr (kSquares) squares = squares + A::select(e == Vec<S>(0), Vec<S>(0), term * rel);
     }
   });
-  return {sum_of_lanes(sum), kWeighted ? sum_of_lanes(weighted) : 0};
+  return {sum_of_lanes(sum), kWeighted ? sum_of_lanes(weighted) : 0,
+          kSquares ? sum_of_lanes(squares) : 0};
 }
 
 // Σ e^{f - shift}, f = z up to the limit, 0 above.
@@ -173,6 +176,14 @@ inline double softplus_sum(const S* z, int64_t n) {
   for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
     sum = sum + softplus(load(z + i, count, -kInf<S>));
   });
+  return sum_of_lanes(sum);
+}
+
+template <typename S>
+inline double stable_total(const S* z, int64_t n) {
+  Vec<S> sum(0);
+  for_lanes<S>(n, [&](int64_t i, auto count)
+                      LOSSOPS_INLINE_LAMBDA { sum = sum + stable(load(z + i, count, -kInf<S>)); });
   return sum_of_lanes(sum);
 }
 

@@ -64,8 +64,8 @@ Tensors far_sums(const Tensor& buffer, const Tensor& row_factor, const Tensor& l
                  int64_t group);
 
 // Σ over the negatives of a term of one logit, (N,), and where dx, dw or db is given the gradients,
-// in one visit of each tile. `kind`, `parameters`: "sigmoid" (), "hinge" (margin), "asymmetric"
-// (gamma, clip, detached).
+// in one visit of each tile. `kind`, `parameters`: "sigmoid" (), "hinge" (margin), "gumbel" (most),
+// "asymmetric" (gamma, clip, detached).
 Tensor linear_binary(const Tensor& x, const Tensor& w, const MaybeTensor& b,
                      const MaybeTensor& scale, const MaybeTensor& target, const MaybeTensor& weight,
                      const std::string& kind, const std::vector<double>& parameters,

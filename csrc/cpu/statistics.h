@@ -33,7 +33,7 @@ struct RowState {
   Moments moments;                            // all classes
   double vector_total = 0, vector_sum = 0;    // Σ a z, Σ a
   double teacher_total = 0, teacher_sum = 0;  // Σ t a z, Σ t a
-  double softplus = 0;
+  double softplus = 0, stable = 0;
   std::vector<SoftmaxSums> log_sums;
 
   explicit RowState(size_t log_sum_count) : log_sums(log_sum_count) {}
@@ -141,6 +141,7 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   }
   merge_extremes(state, out, z, first, n, top, second);
   if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
+  if (out.stable_sum != nullptr) state.stable += stable_total(z, n);
   if (!(state.top < kInf<S>)) return;  // +inf or NaN: finish() poisons the row
   raise_shift(task, state, top, keep, z - first, first);
   if (keep) {
@@ -155,10 +156,12 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
                                             : exponentials<false>(z, n, from, kind.temperature).sum;
   }
   if (out.lse == nullptr) return;
-  const SoftmaxSums tile = out.mean != nullptr ? exponentials<true>(z, n, shift, S(1))
-                                               : exponentials<false>(z, n, shift, S(1));
+  const SoftmaxSums tile = out.variance != nullptr ? exponentials<true, true>(z, n, shift, S(1))
+                           : out.mean != nullptr   ? exponentials<true>(z, n, shift, S(1))
+                                                   : exponentials<false>(z, n, shift, S(1));
   state.softmax.sum += tile.sum;
   state.softmax.weighted += tile.weighted;
+  state.softmax.squares += tile.squares;
 }
 
 // Writes a row's statistics, `below_target` as if there were none, relative to the largest negative
@@ -175,6 +178,9 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
   put(out.shift, m);
   put(out.lse, poisoned ? state.top : std::log(state.softmax.sum) + above);
   const double mean = state.softmax.weighted / state.softmax.sum + above;
+  const double within = state.softmax.weighted / state.softmax.sum;
+  const double variance = state.softmax.squares / state.softmax.sum - within * within;
+  put(out.variance, poisoned ? std::nan("") : state.softmax.sum == 0 ? 0 : std::max(variance, 0.0));
   put(out.mean, poisoned ? std::nan("") : state.softmax.sum == 0 ? 0 : mean);
   for (size_t k = 0; k < task.log_sums.size(); ++k) {
     const LogSum<S>& kind = task.log_sums[k];
@@ -191,6 +197,7 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
   put(out.average, state.moments.total / task.classes - m);
   put(out.moment, state.moments.moment);
   put(out.softplus, state.softplus);
+  put(out.stable_sum, state.stable);
   put(out.weighted_sum, state.vector_total - m * state.vector_sum);
   put(out.teacher, state.teacher_total - m * state.teacher_sum);
   if (out.target == nullptr) return;

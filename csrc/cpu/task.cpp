@@ -47,7 +47,8 @@ Names outputs(const std::string& name) {
   if (name == "runner_up" || name == "below_target") return {name, name + "_index"};
   if (name == "sum") return {"average"};
   if (name == "sumsq") return {"moment"};
-  for (const char* same : {"target", "lse", "softplus", "weighted_sum", "teacher"}) {
+  for (const char* same :
+       {"target", "lse", "variance", "softplus", "stable_sum", "weighted_sum", "teacher"}) {
     if (name == same) return {name};
   }
   TORCH_CHECK(is_log_sum(name), "names must be canonical statistics, got '", name,
@@ -73,12 +74,14 @@ S** field(Fields<S>& f, const std::string& output) {
   if (output == "target") return &f.target;
   if (output == "lse") return &f.lse;
   if (output == "mean") return &f.mean;
+  if (output == "variance") return &f.variance;
   if (output == "max") return &f.max;
   if (output == "runner_up") return &f.runner_up;
   if (output == "below_target") return &f.below_target;
   if (output == "average") return &f.average;
   if (output == "moment") return &f.moment;
   if (output == "softplus") return &f.softplus;
+  if (output == "stable_sum") return &f.stable_sum;
   if (output == "weighted_sum") return &f.weighted_sum;
   if (output == "teacher") return &f.teacher;
   return &f.log_sums.emplace_back(nullptr);

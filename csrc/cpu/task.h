@@ -39,8 +39,8 @@ struct Operand {
 // that are written, those that are read back, and their coefficients.
 template <typename S>
 struct Fields {
-  S *shift{}, *target{}, *lse{}, *mean{}, *max{}, *runner_up{}, *below_target{};
-  S *average{}, *moment{}, *softplus{}, *weighted_sum{}, *teacher{};
+  S *shift{}, *target{}, *lse{}, *mean{}, *variance{}, *max{}, *runner_up{}, *below_target{};
+  S *average{}, *moment{}, *softplus{}, *stable_sum{}, *weighted_sum{}, *teacher{};
   int64_t *argmax{}, *runner_up_index{}, *below_target_index{};
   std::vector<S*> log_sums;
   std::vector<Tensor> owners;  // keeps copies that had to be made alive

@@ -148,11 +148,12 @@ Task<S> task_of(const Head& head) {
 constexpr auto kNothing = [](const auto&, int64_t) {};
 
 // Statistics by tiles z_tile(row, rows, class, classes): class tiles outside, so that a tile of w
-// serves all rows; after(z, first) sees each tile when its rows are done.
+// serves all rows; after(z, first) sees each tile when its rows are done. `stored`: z_tile gives
+// memory that holds on to its logits, so that a second look at them needs no product.
 template <typename S, typename F, typename After>
 void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, int64_t row_block,
            F&& z_tile, const Fields<S>& out, bool keep, std::vector<RowState<S>>& states,
-           After&& after) {
+           After&& after, bool stored = false) {
   const auto each_tile = [&](auto&& pass, auto&& done) {
     each_part(task.classes, tile, [&](int64_t first, int64_t n) {
       const Tensor wt = w(first, n);
@@ -173,11 +174,20 @@ void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, in
   each_tile(statistics, after);
   for (int64_t row = 0; row < task.rows; ++row) finish(task, out, states[row], row);
   if (out.below_target == nullptr) return;
-  // The same products again have the same bits, so ties with the target are ties here too.
   const auto below = [&](int64_t row, S* z, int64_t first, int64_t n, S*) {
     collect_below(task, out, states[row], row, z, first, n);
   };
-  each_tile(below, kNothing);
+  if (!stored) {
+    // The same products again have the same bits, so ties with the target are ties here too.
+    each_tile(below, kNothing);
+    return;
+  }
+  each_part(task.classes, tile, [&](int64_t first, int64_t n) {
+    each_part(task.rows, row_block, [&](int64_t row, int64_t rows) {
+      each_row<S>(z_tile(row, rows, first, n),
+                  [&](int64_t i, S* z, S* scratch) { below(row + i, z, first, n, scratch); });
+    });
+  });
 }
 
 // Statistics of all rows, no logits kept; after(z, first) as in sweep().

@@ -2,12 +2,13 @@
 
 from lossops_bench.case import Case
 from lossops_bench.cases.binary_cross_entropy import CASE as BINARY_CROSS_ENTROPY
+from lossops_bench.cases.catalogue import CATALOGUE
 from lossops_bench.cases.cross_entropy import CASE as CROSS_ENTROPY
 from lossops_bench.cases.linear_cross_entropy import CASE as LINEAR_CROSS_ENTROPY
 from lossops_bench.cases.pairwise import SIGMOID, SOFTMAX
 from lossops_bench.cases.spherical import CASE as SPHERICAL
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "CATALOGUE"]
 
 CASES: dict[str, Case] = {
     case.name: case

@@ -1,0 +1,220 @@
+"""Losses of whole rows of logits, a chunk of rows at a time: for what no row statistic can say.
+
+    loss = Σ_n u_n F(z_n),   z = softcap(scale · x wᵀ + b)
+
+F is plain PyTorch on the logits (R, V) of R rows; autograd gives dz of the chunk, and the backend's
+primitives turn it into dx and dw, as the ``teacher`` term whose basis is dz itself. 3 GEMMs, a
+buffer (R, V) and what F allocates; distillation has the teacher's logits of the same rows beside.
+Compilers are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lossops import backends
+from lossops.autograd import apply
+from lossops.catalogue.checks import constant
+from lossops.inputs import (
+    HeadInputs,
+    check_reduction,
+    checked_options,
+    class_weight,
+    has_target,
+    row_weight,
+)
+from lossops.linear import row_factors
+from lossops.ops import check_target
+from lossops.reference import accumulate_dtype
+from lossops.schedules import (
+    PREFERRED_BUFFER_BYTES,
+    LinearLossOptions,
+    row_stride,
+    without_autocast,
+)
+
+Optional = Tensor | None
+RowLosses = Callable[[Tensor, slice], Tensor]
+"""Losses (R,) of the logits (R, V) of some rows, differentiable in the logits."""
+DZ = ["teacher"]
+TEMPORARIES = 4
+"""Matrices of a chunk's size that F may hold at once: as many fewer rows."""
+MIN_ROWS = 64
+"""Fewer would read w too often, whatever is to fit."""
+
+
+def chunked_loss(
+    head: HeadInputs,
+    losses: RowLosses,
+    factors: Tensor,
+    *,
+    reduced: bool,
+    options: LinearLossOptions | None,
+    backend: str,
+) -> Tensor:
+    """Σ_n u_n F(z_n), or each of them (N,); gradients of x, w, b and scale, not of factors.
+
+    Args:
+        head: checked inputs.
+        losses: F.
+        factors: u, (N,).
+        reduced: whether a sum is wanted; its gradients come with it.
+        options: ``chunk_rows`` and memory.
+        backend: who computes logits and products.
+    """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a loss over chunks of logits does not go into a graph; call it outside of the "
+            "compiled function, on its features"
+        )
+    opts = checked_options(options)
+    rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
+    chosen = backends.select(backend, head.x.device, head.x.dtype)
+    call = _Call(losses, head.softcap, rows, chosen.primitives())
+    found: Tensor = apply(
+        ChunkedLoss, head.x, head.w, head.b, head.scale, factors.detach(), call, reduced
+    )
+    return found
+
+
+def loss_of_logits(
+    given: HeadInputs, losses: RowLosses, head: Mapping[str, Any], ids: Optional = None
+) -> Tensor:
+    """The loss of F with the weights and the reduction among the head keywords of a face.
+
+    Args:
+        given: checked inputs.
+        losses: F; of ignored rows it sees logits of 0.
+        head: ``sample_weight``, ``weight`` where there is one, ``reduction``, ``options``,
+            ``backend``.
+        ids: targets (N, 1), -1 for ignored rows; None where all count. Default: ``None``.
+    """
+    check_reduction(head["reduction"])
+    x, v = given.x, given.w.shape[0]
+    weights = row_weight(head["sample_weight"], given.lead, x)
+    if weights is not None:
+        weights = constant("sample_weight", weights)
+    check_target(ids, v)
+    u, divisor = row_factors(ids, weights, class_weight(head.get("weight"), v, x), x)
+    factors = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype)) if u is None else u
+    if ids is not None:
+        factors = torch.where(has_target(ids), factors, 0.0)
+
+    def counted(z: Tensor, rows: slice) -> Tensor:
+        if ids is not None:
+            z = torch.where(ids[rows] >= 0, z, 0.0)
+        return losses(z, rows)
+
+    found: Tensor = chunked_loss(
+        given,
+        counted,
+        factors,
+        reduced=head["reduction"] != "none",
+        options=head["options"],
+        backend=head["backend"],
+    )
+    if head["reduction"] == "none":
+        return found.reshape(given.lead)
+    return found if head["reduction"] == "sum" else found / divisor
+
+
+def _planned_rows(head: HeadInputs, max_bytes: int) -> int:
+    """Rows whose buffer and temporaries fit, in chunks of the same size."""
+    n, v = head.x.shape[0], head.w.shape[0]
+    row_bytes = accumulate_dtype(head.x.dtype).itemsize * row_stride(v)
+    most = min(max_bytes, PREFERRED_BUFFER_BYTES) // (TEMPORARIES * row_bytes)
+    chunks = -(-n // max(most, MIN_ROWS))
+    return -(-n // max(1, chunks)) or 1
+
+
+class _Call:
+    """F, and how its rows are swept."""
+
+    def __init__(
+        self, losses: RowLosses, softcap: float, rows: int, primitives: ModuleType
+    ) -> None:
+        self.losses, self.softcap, self.rows = losses, softcap, rows
+        self.primitives = primitives
+
+    def run(
+        self,
+        tensors: Sequence[Any],
+        factors: Tensor,
+        upstream: Optional,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, list[Optional]]:
+        """u F of all rows, and the gradients of its sum with ``upstream`` (N,) for u."""
+        x, w, b, scale = tensors
+        n, v, acc = x.shape[0], w.shape[0], accumulate_dtype(x.dtype)
+        like = {"dtype": acc, "device": x.device}
+        found = torch.zeros(n, **like)
+        wants_dx = needs[0] or needs[3]
+        dx = torch.zeros(x.shape, **like) if wants_dx else None
+        dw = torch.zeros(w.shape, **like) if needs[1] else None
+        db = torch.zeros(v, **like) if needs[2] else None
+        buffer = torch.empty(min(self.rows, n) * row_stride(v), **like)
+        for first in range(0, n, self.rows):
+            rows = slice(first, min(first + self.rows, n))
+            size = rows.stop - first
+            chunk = buffer.as_strided((size, v), (row_stride(v), 1))
+            part = (x[rows], w, b, scale, self.softcap, None, None)
+            shift = self.primitives.linear_chunk_statistics(*part, None, [], [], chunk)[0]
+            with torch.enable_grad():
+                z = chunk.detach().requires_grad_(upstream is not None)
+                each = self.losses(z, rows)
+            found[rows] = factors[rows] * each.detach()
+            if upstream is None or not any(needs):
+                continue
+            (dz,) = torch.autograd.grad(each, z, upstream[rows])
+            ones = torch.ones(size, **like)
+            self.primitives.linear_chunk_gradient(
+                *part, dz, DZ, DZ, chunk, [shift, torch.zeros_like(ones)], [None, ones],
+                None if dx is None else dx[rows], dw, db, True,
+            )  # fmt: skip
+        dscale = None
+        if needs[3] and dx is not None:
+            dscale = (x.to(acc) * dx).sum().reshape(scale.shape)
+        if dx is not None and scale is not None:
+            dx *= scale.to(acc)
+        return found, [dx if needs[0] else None, dw, db, dscale]
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """A sum with its gradients ready, or losses by row, whose backward sweeps again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Optional,
+        scale: Optional,
+        factors: Tensor,
+        call: _Call,
+        reduced: bool,
+    ) -> Tensor:
+        ctx.call, ctx.reduced, ctx.needs = call, reduced, list(ctx.needs_input_grad[:4])
+        ready: list[Optional] = [None] * 4
+        with without_autocast(x.device):
+            upstream = factors if reduced and any(ctx.needs) else None
+            found, ready = call.run((x, w, b, scale), factors, upstream, ctx.needs)
+        ctx.save_for_backward(x, w, b, scale, factors, *(ready if reduced else []))
+        return found.sum() if reduced else found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, w, b, scale, factors, *ready = ctx.saved_tensors
+        if not ctx.reduced:
+            with without_autocast(x.device):
+                ready = ctx.call.run((x, w, b, scale), factors, g * factors, ctx.needs)[1]
+            g = g.new_ones(())
+        given = zip(ready, (x, w, b, scale), strict=True)
+        back = [None if t is None else (g * t).to(like.dtype) for t, like in given]
+        return (*back, None, None, None)

@@ -1,0 +1,293 @@
+"""Contrastive losses between two views of a batch.
+
+Features are used as given: normalise them first. Of N pairs, row i of ``first`` and of ``second``
+belong together; s is x·w.
+
+    decoupled      -s_ii / T + log Σ over the negatives alone
+    debiased       log(1 + G / e^{s_ii / T}),   G from negatives of which some are positive
+
+All are `lossops.linear_loss` over the features of the batch, or `lossops.softmax_pairwise_loss`, in
+which a queue of past features (``negatives=``), margins and several positives are options.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossops.catalogue.checks import above, at_least, between
+from lossops.catalogue.keywords import Keyword, Keywords, some
+from lossops.catalogue.powers import lse_at
+from lossops.catalogue.recipe import ONE_SWEEP, composed
+from lossops.inputs import check_float, check_reduction
+from lossops.linear import linear_loss
+from lossops.pairwise import softmax_pairwise_loss
+from lossops.reference import accumulate_dtype
+from lossops.statistics import RowStatistics
+
+FAMILY = "Contrastive"
+PAIRS: Keywords = {
+    "reduction": Keyword(str, "mean", '``"mean"``, ``"sum"`` or ``"none"``.'),
+    **some("options", "backend"),
+}
+FIRST = "features of one view, (N, D) floating point."
+SECOND = "features of the other view, (N, D)."
+
+
+@composed(
+    family=FAMILY,
+    use="small batches: positives do not push themselves away",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
+def decoupled_contrastive_loss(
+    first: Tensor,
+    second: Tensor,
+    head: dict[str, Any],
+    *,
+    temperature: float = 0.1,
+    weight_temperature: float | None = None,
+) -> Tensor:
+    """Decoupled contrastive learning (DCL, DCLW), of the first view against both.
+
+    loss_i = -a_i s_ii / T + log Σ_{j ≠ i} (e^{s_ij / T} + e^{r_ij / T})
+
+    s: first by second, r: first by first; a = 1, or with ``weight_temperature`` σ (DCLW; the
+    authors take 0.5) a_i = 2 - N softmax_i(s_ii / σ). The authors add the loss with the views
+    exchanged.
+
+    Args:
+        first: features of one view, (N, D) floating point.
+        second: features of the other view, (N, D).
+        temperature: T. Default: ``0.1``.
+        weight_temperature: σ; None for a = 1. Default: ``None``.
+
+    Returns:
+        Scalar, or (N,) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> lossops.catalogue.decoupled_contrastive_loss(x, w).shape
+        torch.Size([])
+
+    Reference:
+        Yeh et al., Decoupled Contrastive Learning, arXiv 2110.06848
+    """
+    above("temperature", temperature, 0)
+    _check_views(first, second)
+    ids = torch.arange(first.shape[0], device=first.device).unsqueeze(1)
+    plain = softmax_pairwise_loss(
+        first, torch.cat([second, first]), 1 / temperature, direction="rows", positives=ids,
+        exclude=ids + first.shape[0], decoupled=True, **head,
+    )  # fmt: skip
+    if weight_temperature is None:
+        return plain
+    above("weight_temperature", weight_temperature, 0)
+    acc = accumulate_dtype(first.dtype)
+    own = (first.to(acc) * second.to(acc)).sum(1)  # (N,)
+    factor = 2 - first.shape[0] * (own / weight_temperature).softmax(0)
+    return plain + _reduced((1 - factor) * own / temperature, head["reduction"])
+
+
+@composed(
+    family=FAMILY,
+    use="speaker verification: SimCLR with a margin",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
+def nt_xent_margin_loss(
+    first: Tensor,
+    second: Tensor,
+    head: dict[str, Any],
+    *,
+    temperature: float = 0.03,
+    margin: float = 0.1,
+    angular_margin: float = 0.0,
+) -> Tensor:
+    """NT-Xent (SimCLR) with an additive or angular margin on the positives.
+
+    loss_i = -log e^{(s_ip - m) / T} / (e^{(s_ip - m) / T} + Σ_{j ≠ i, p} e^{s_ij / T})
+
+    i runs over the 2 N features of both views, p is the other view of i. ``margin=0`` is NT-Xent.
+
+    Args:
+        first: features of one view, (N, D) floating point, normalised.
+        second: features of the other view, (N, D), normalised.
+        temperature: T. Default: ``0.03``.
+        margin: m, taken from the positive. Default: ``0.1``.
+        angular_margin: added to the angle of the positive, radians. Default: ``0.0``.
+
+    Returns:
+        Scalar, or (2 N,) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> lossops.catalogue.nt_xent_margin_loss(x, w).shape
+        torch.Size([])
+
+    Reference:
+        Lepage, Dehak, Experimenting with Additive Margins for Contrastive Self-Supervised Speaker
+        Verification, arXiv 2306.03664
+    """
+    above("temperature", temperature, 0)
+    both, partner, self_ids = _both_views(first, second)
+    return softmax_pairwise_loss(
+        both, both, 1 / temperature, direction="rows", positives=partner.unsqueeze(1),
+        exclude=self_ids.unsqueeze(1), margin=margin, angular_margin=angular_margin, **head,
+    )  # fmt: skip
+
+
+@composed(
+    family=FAMILY,
+    use="negatives that may be positives",
+    statistics=("lse", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+)
+def debiased_contrastive_loss(
+    first: Tensor,
+    second: Tensor,
+    head: dict[str, Any],
+    *,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+) -> Tensor:
+    """Debiased contrastive loss: the share of positives among the negatives is taken out.
+
+    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j
+
+    G_i = max((Σ_j e^{s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺), n e^{-1/T})
+
+    Args:
+        first: features of one view, (N, D) floating point, normalised.
+        second: features of the other view, (N, D), normalised.
+        temperature: T. Default: ``0.5``.
+        tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
+
+    Returns:
+        Scalar, or (2 N,) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> lossops.catalogue.debiased_contrastive_loss(x, w).shape
+        torch.Size([])
+
+    Reference:
+        Chuang, Robinson, Yen-Chen, Torralba, Jegelka, Debiased Contrastive Learning,
+        arXiv 2007.00224
+    """
+    return _debiased(first, second, head, temperature, tau_plus, 0.0)
+
+
+@composed(
+    family=FAMILY,
+    use="hard negatives without mining them",
+    statistics=("lse@1+β", "lse@β", "target"),
+    memory=ONE_SWEEP,
+    head=PAIRS,
+    example={"beta": 1.0},
+)
+def hard_negative_contrastive_loss(
+    first: Tensor,
+    second: Tensor,
+    head: dict[str, Any],
+    *,
+    beta: float,
+    temperature: float = 0.5,
+    tau_plus: float = 0.1,
+) -> Tensor:
+    """Hard-negative contrastive loss: negatives weigh more the closer they are.
+
+    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j
+
+    G_i = max((n Σ_j e^{(1+β) s_ij / T} / Σ_j e^{β s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺),
+    n e^{-1/T})
+
+    The gradient goes through the weights, as in the authors' code; β = 0 is
+    `debiased_contrastive_loss`.
+
+    Args:
+        first: features of one view, (N, D) floating point, normalised.
+        second: features of the other view, (N, D), normalised.
+        beta: β, at least 0; it is tuned.
+        temperature: T. Default: ``0.5``.
+        tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
+
+    Returns:
+        Scalar, or (2 N,) for ``reduction="none"``; float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch, lossops
+        >>> x, w = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in "xw")
+        >>> lossops.catalogue.hard_negative_contrastive_loss(x, w, beta=1.0).shape
+        torch.Size([])
+
+    Reference:
+        Robinson, Chuang, Sra, Jegelka, Contrastive Learning with Hard Negative Samples,
+        arXiv 2010.04592
+    """
+    at_least("beta", beta, 0)
+    return _debiased(first, second, head, temperature, tau_plus, beta)
+
+
+def _debiased(
+    first: Tensor,
+    second: Tensor,
+    head: dict[str, Any],
+    temperature: float,
+    tau_plus: float,
+    beta: float,
+) -> Tensor:
+    above("temperature", temperature, 0)
+    between("tau_plus", tau_plus, 0, 1 - 1e-9)
+    both, partner, self_ids = _both_views(first, second)
+    n = both.shape[0] - 2
+    hard = [lse_at(1 + beta), lse_at(beta)] if beta else ["lse"]
+
+    def loss_fn(s: RowStatistics) -> Tensor:
+        own = s.relative("target")[:, 0]
+        total = s.relative(hard[0])
+        if beta:
+            total = total - s.relative(hard[1]) + math.log(max(n, 1))
+        least = n * (-1 / temperature - s.shift).exp()
+        against = (total.exp() - n * tau_plus * own.exp()) / (1 - tau_plus)
+        return F.softplus(torch.maximum(against, least).log() - own, threshold=50)
+
+    return linear_loss(
+        both, both, torch.stack([partner, self_ids], 1), loss_fn, names=(*hard, "target"),
+        logit_scale=1 / temperature, **head,
+    )  # fmt: skip
+
+
+def _check_views(first: Tensor, second: Tensor) -> None:
+    for name, t in (("first", first), ("second", second)):
+        check_float(name, t)
+    if first.ndim != 2 or first.shape != second.shape:
+        raise ValueError(
+            f"first and second must have the same shape (N, D), got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}"
+        )
+
+
+def _both_views(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of both views (2 N, D), the row of the other view of each, and its own row."""
+    _check_views(first, second)
+    n = first.shape[0]
+    self_ids = torch.arange(2 * n, device=first.device)
+    return torch.cat([first, second]), self_ids.roll(n), self_ids
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    check_reduction(reduction)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(1, losses.shape[0]) if reduction == "mean" else 1)

@@ -1,0 +1,28 @@
+"""Powers of probabilities and what is left of 1, from their logarithms: exact near 0 and near 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lse_at(t: float) -> str:
+    """The name of the statistic log Σ e^{t z} over the negatives."""
+    return "lse" if t == 1 else f"lse@{float(t)!r}"
+
+
+def power(log_p: Tensor, t: float | Tensor) -> Tensor:
+    """(p^t - 1) / t, log p at t = 0."""
+    if not isinstance(t, Tensor):
+        return log_p if t == 0 else torch.expm1(t * log_p) / t
+    zero = t == 0
+    safe = torch.where(zero, 1.0, t)
+    return torch.where(zero, log_p, torch.expm1(safe * log_p) / safe)
+
+
+def log_1m_exp(log_p: Tensor) -> Tensor:
+    """log(1 - e^a) for a <= 0; 0 with no gradient at -inf."""
+    near = log_p > -0.693
+    close = torch.where(near, log_p, -1.0)
+    far = torch.where(near, -1.0, log_p)
+    return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-far.exp()))

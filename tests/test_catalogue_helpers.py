@@ -1,0 +1,160 @@
+"""What the catalogue has beside losses: schedules, states, candidates, scores; and its errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_inputs
+from torch import Tensor
+
+from lossops import catalogue, linear_statistics
+
+
+def test_ramp() -> None:
+    values = [catalogue.ramp(step, 4, 0.1, 0.2) for step in (0, 1, 4, 9)]
+    assert values == pytest.approx([0.1, 0.125, 0.2, 0.2])
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        catalogue.ramp(1, 0, 0.0, 1.0)
+
+
+def test_previous_tokens() -> None:
+    y = torch.tensor([[5, 6, -100, 7], [1, 1, 2, 3]])
+    found = catalogue.previous_tokens(y)
+    assert found.shape == (2, 4, 4)
+    for b in range(2):
+        for t in range(4):
+            before = [int(i) for i in y[b, :t].flip(0)]
+            before = [-1 if i == -100 else i for i in before]
+            assert found[b, t].tolist() == before + [-1] * (4 - t)
+    assert torch.equal(catalogue.previous_tokens(y, window=2), found[..., :2])
+
+
+def test_running_log_partition_is_a_mean_of_exponentials() -> None:
+    u, lse = torch.randn(5).double(), torch.randn(5).double()
+    found = catalogue.running_log_partition(u, lse, momentum=0.9)
+    torch.testing.assert_close(found.exp(), 0.9 * u.exp() + 0.1 * lse.exp())
+    torch.testing.assert_close(catalogue.running_log_partition(u, lse, momentum=0.0), lse)
+
+
+def test_meco_has_the_gradient_of_cross_entropy_at_the_true_log_partition(backend: str) -> None:
+    x, w, _, y = make_inputs(6, 23, 5)
+    x.requires_grad_()
+    u = linear_statistics(x.detach(), w, names=("lse",), backend=backend).lse
+    ours = catalogue.linear_meco_loss(x, w, y, log_partition=u, backend=backend)
+    plain = torch.nn.functional.cross_entropy(x @ w.T, y)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0], rtol=1e-9, atol=1e-11
+    )
+
+
+def test_adaptive_lambda(backend: str) -> None:
+    x, w, _, y = make_inputs(6, 23, 5)
+    lam = torch.rand(6).double() + 0.5
+    z = x @ w.T
+    moved = z + 1.0 - torch.nn.functional.one_hot(y, 23)
+    p = ((moved - z.gather(1, y[:, None])) / lam[:, None]).softmax(1)
+    divergence = (p * (p * 23).log()).sum(1)
+    found = catalogue.adaptive_lambda(x, w, y, lam, lam0=0.7, alpha=2.0, margin=1.0)
+    torch.testing.assert_close(found, 0.7 * (1 - divergence / (2.0 * math.log(23))))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
+def test_min_k_scores(normalized: bool, k: float, backend: str) -> None:
+    x, w, b, y = make_inputs(12, 23, 5)
+    x, y = x.reshape(2, 6, 5), y.reshape(2, 6)
+    y[0, 4] = -100
+    log_p = (x @ w.T + b).log_softmax(-1)
+    score = log_p.gather(-1, y.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    if normalized:
+        p = log_p.exp()
+        mean = (p * log_p).sum(-1)
+        score = (score - mean) / ((p * log_p.square()).sum(-1) - mean.square()).sqrt()
+    expected = []
+    for each, ids in zip(score, y, strict=True):
+        counted = each[ids >= 0]
+        expected.append(counted.sort().values[: math.ceil(k * len(counted))].mean())
+    found = catalogue.min_k_scores(
+        x, w, y, k=k, normalized=normalized, linear_bias=b, backend=backend
+    )
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+def test_preferences_leave_ignored_tokens_out(backend: str) -> None:
+    x, w, _, y = make_inputs(20, 23, 5)
+    x, y = x.reshape(4, 5, 5), y.reshape(4, 5)
+    ignored = y.clone()
+    ignored[:, 3:] = -100
+    short = catalogue.linear_simpo_loss(x[:, :3], w, y[:, :3], beta=2.0, gamma=0.1, backend=backend)
+    found = catalogue.linear_simpo_loss(x, w, ignored, beta=2.0, gamma=0.1, backend=backend)
+    torch.testing.assert_close(found, short)
+
+
+def test_gumbel_noise_is_that_of_the_generator() -> None:
+    x, w, _, y = make_inputs(10, 23, 5)
+    x, y = x.reshape(2, 5, 5), y.reshape(2, 5)
+
+    def loss(gumbel: bool) -> Tensor:
+        torch.manual_seed(1)
+        return catalogue.linear_edit_invariant_loss(x, w, y, ngrams=(1, 2), gumbel=gumbel)
+
+    assert loss(True) == loss(True)
+    assert loss(True) != loss(False)
+
+
+X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 4, 2, 1])
+BY_T = (torch.randn(2, 3, 3), W, torch.zeros(2, 3, dtype=torch.int64))
+ERRORS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
+    "q": ("generalized_cross_entropy", (X, W, Y), {"q": 0.0}, r"q must be in \[1e-06, 1\], got 0"),
+    "tau": ("logit_clip", (X, W, Y), {"tau": 0.0}, "tau must be above 0 and finite, got 0"),
+    "active": (
+        "active_passive", (X, W, Y), {"active": "focal"}, "active must be one of cross_entropy",
+    ),
+    "covariance": (
+        "shared_covariance", (X, W, Y), {"covariance": torch.eye(4)},
+        r"covariance must have shape \(3, 3\), got \(4, 4\)",
+    ),
+    "lam": (
+        "adaptive_ldr", (X, W, Y), {"lam": torch.ones(3)},
+        r"lam must have shape \(4,\) .*, got \(3,\)",
+    ),
+    "lam wants a gradient": (
+        "adaptive_ldr", (X, W, Y), {"lam": torch.ones(4, requires_grad=True)},
+        "lam is not differentiated, but wants a gradient; detach it",
+    ),
+    "reference": (
+        "npo", BY_T, {"reference_log_prob": torch.zeros(3)},
+        r"reference_log_prob must have shape \(2,\), one value per sequence, got \(3,\)",
+    ),
+    "halves": (
+        "simpo", (torch.randn(3, 2, 3), W, torch.zeros(3, 2, dtype=torch.int64)),
+        {"beta": 1.0, "gamma": 0.0}, "as many chosen as rejected sequences",
+    ),
+    "masked": (
+        "masked_diffusion", BY_T, {"masked": torch.ones(2, 3)}, "masked must be bool of shape",
+    ),
+    "level": (
+        "masked_diffusion", BY_T, {"masked": torch.ones(2, 3, dtype=torch.bool)},
+        "kind='lambda' needs level, got None; pass level=",
+    ),
+    "ngrams": ("edit_invariant", BY_T, {"ngrams": (4,)}, r"lengths in \[1, 3\], got \(4,\)"),
+    "views": (
+        "nt_xent_margin", (X, X[:3]), {}, r"the same shape \(N, D\), got \(4, 3\) and \(3, 3\)",
+    ),
+    "utterances": ("ge2e", (torch.randn(2, 1, 3),), {}, r"with M at least 2, got \(2, 1, 3\)"),
+    "log_probs": (
+        "top_k_distillation", (X, W, Y.unsqueeze(1)), {"log_probs": torch.zeros(4, 2)},
+        r"log_probs must have the shape of ids, \(4, 1\), got \(4, 2\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors(error: str) -> None:
+    name, arguments, keywords, message = ERRORS[error]
+    with pytest.raises(ValueError, match=message):
+        catalogue.RECIPES[name].face(*arguments, **keywords)
