@@ -211,7 +211,7 @@ def linear_cross_entropy(
         return _k_dimensional(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale or None,
-                              outputs or None),
+                              near_threshold, outputs or None),
         )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
     head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
@@ -224,7 +224,14 @@ def linear_cross_entropy(
             "class_group takes class ids and no weight, which no rank has of all classes; pass "
             "sample_weight=weight[target]"
         )
+    if "near_far" in outputs and not head.near.on:
+        raise ValueError("outputs 'near_far' needs near_threshold, got None")
     if _differentiates(target):
+        if head.near.on:
+            raise ValueError(
+                "near_threshold is not available with target probabilities that want a gradient; "
+                "pass target.detach() or leave it out"
+            )
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
             lse_square_scale, outputs,
@@ -342,7 +349,7 @@ def cross_entropy(
         label_smoothing: ε in [0, 1]. Default: ``0.0``.
         lse_square_scale: factor of the squared logsumexp. Default: ``0.0``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
-        outputs: as in `linear_cross_entropy`. Default: ``()``.
+        outputs: as in `linear_cross_entropy`, but for ``near_far``. Default: ``()``.
         inplace: overwrite ``logits`` with their gradient, which then needs no memory and allows
             one backward; for contiguous non-leaf ``logits``, a scalar loss. Default: ``False``.
 
@@ -361,6 +368,10 @@ def cross_entropy(
     """
     check_reduction(reduction)
     _check_outputs(outputs)
+    if "near_far" in outputs:
+        raise ValueError(
+            "outputs 'near_far' is of linear_cross_entropy; logits have exact gradients"
+        )
     check_tensor("target", target)
     z = flat_logits(logits)
     lead, v = logits.shape[:-1], z.shape[1]
@@ -582,8 +593,8 @@ def _k_dimensional(
     """Weights (V, d_1, ..., d_K, D): PyTorch's own function, which stores the logits."""
     if any(e is not None for e in extras):
         raise ValueError(
-            "sample_weight, logit_scale, softcap, lse_square_scale and outputs need linear_weight "
-            f"of shape (V, D), got {tuple(linear_weight.shape)}"
+            "sample_weight, logit_scale, softcap, lse_square_scale, near_threshold and outputs "
+            f"need linear_weight of shape (V, D), got {tuple(linear_weight.shape)}"
         )
     return F.linear_cross_entropy(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight,

@@ -96,7 +96,14 @@ def near_request(threshold: float | str | None, options: LinearLossOptions) -> N
             raise ValueError(
                 f"options.near_target_error={error} needs near_threshold='auto', got None"
             )
+        if options.near_certificate:
+            raise ValueError("options.near_certificate needs near_threshold, got None")
         return NearFar()
+    if not isinstance(threshold, float | int | str):
+        raise TypeError(
+            "near_threshold must be None, 'auto' or a number in (0, 1), "
+            f"got {type(threshold).__name__}"
+        )
     if threshold == "auto":
         return NearFar(DEFAULT_THRESHOLD, error or 0.0, options.near_certificate)
     if isinstance(threshold, str) or not 0 < threshold < 1:

@@ -530,6 +530,19 @@ def test_what_is_refused() -> None:
         loss(x, w, y, near_threshold=0.1, options=options)
     with pytest.raises(ValueError, match=r"'near_far' tells of gradients"):
         loss(x, w, y, near_threshold="auto", outputs=("near_far",))
+    with pytest.raises(ValueError, match=r"'near_far' needs near_threshold, got None"):
+        loss(x, w, y, outputs=("near_far",))
+    with pytest.raises(ValueError, match=r"logits have exact gradients"):
+        lossops.cross_entropy(x @ w.T, y, outputs=("near_far",))
+    with pytest.raises(ValueError, match=r"near_certificate needs near_threshold"):
+        loss(x, w, y, options=LinearLossOptions(near_certificate=True))
+    with pytest.raises(TypeError, match=r"near_threshold must be .* got list"):
+        loss(x, w, y, near_threshold=[0.1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"near_threshold and outputs need linear_weight of shape"):
+        loss(x, torch.randn(9, 2, D), torch.zeros(8, 2, dtype=torch.int64), near_threshold="auto")
+    taught = torch.full((8, V), 1 / V, dtype=x.dtype, requires_grad=True)
+    with pytest.raises(ValueError, match=r"target probabilities that want a gradient"):
+        loss(x, w, taught, near_threshold="auto")
 
 
 def test_primitives_are_one_gradient(backend: str) -> None:
