@@ -585,6 +585,9 @@ def in_each_process(rank, folder):
         parallel = DistributedDataParallel(model)
         parallel(tokens[half], target[half]).backward()
         found[name] = {n: p.grad for n, p in model.named_parameters()}
+        # Its reducer must not be the last to hold the group: freed with the GIL held it joins a
+        # gloo thread that wants the GIL, and now and then waits for it for ever.
+        del parallel
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
