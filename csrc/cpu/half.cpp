@@ -200,9 +200,13 @@ Tensor dense(const Tensor& matrix) {
   return matrix.stride(1) == 1 ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
 }
 
-// A matrix of even width whose rows are dense and start at even elements.
+// Rows further apart are copied: on AVX-512 brgemm asks for memory of its stride's size.
+constexpr int64_t kMaxStride = 1 << 24;
+
+// A matrix of even width whose rows are dense, not far apart, and start at even elements.
 Tensor paired(const Tensor& matrix) {
   const bool fits = matrix.stride(1) == 1 && matrix.stride(0) % 2 == 0 &&
+                    matrix.stride(0) <= kMaxStride &&
                     reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 4 == 0;
   return fits ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
 }
