@@ -88,8 +88,10 @@ def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
             raise ValueError(f"linear_bias must have shape ({v},), got {tuple(linear_bias.shape)}")
 
 
-def near_request(threshold: float | str | None, options: LinearLossOptions) -> NearFar:
-    """What ``near_threshold`` and ``options.near_target_error`` ask for."""
+def near_request(
+    threshold: float | str | None, options: LinearLossOptions, report: bool = False
+) -> NearFar:
+    """What ``near_threshold`` and the options ask for; ``report``: whether there is one."""
     error = options.near_target_error
     if threshold is None:
         if error is not None:
@@ -99,6 +101,11 @@ def near_request(threshold: float | str | None, options: LinearLossOptions) -> N
         if options.near_certificate:
             raise ValueError("options.near_certificate needs near_threshold, got None")
         return NearFar()
+    if options.near_certificate and not report:
+        raise ValueError(
+            "options.near_certificate needs outputs=('near_far',) of linear_cross_entropy, the "
+            "report that has them"
+        )
     if not isinstance(threshold, float | int | str):
         raise TypeError(
             "near_threshold must be None, 'auto' or a number in (0, 1), "

@@ -15,8 +15,8 @@ left, and 2 / 128 of them for the far ones. Rows that are alike have small diffe
 which is all that a far term loses: it is worth more than the first-order correction of the far
 terms by covariances (`docs/near_far.md`).
 
-Each chunk is tried first: on one of its blocks and some of the features the exact gradient is
-computed as well. Where the far form is not good, or too much is near, the gradient is dense.
+Rows are tried first: on a sample of them, of the classes and of mixtures of the features the exact
+gradient is computed as well. Where the far form is not good the gradient is dense.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class FarSums(NamedTuple):
         """The far form of block i and group g, M's shape, as it is defined."""
         r, c = self.r[rows, g].unsqueeze(1), self.c[i, classes]
         size = self.c_abs[i, classes].sum()
-        inverse = torch.where(size == 0, 0.0, size.reciprocal())
+        inverse = _inverse(size)
         u = self.c_abs[i, classes] * inverse
         v = self.r_abs[rows, g].unsqueeze(1) * inverse
         return r * u + v * (c - c.sum() * u)
@@ -236,7 +236,7 @@ def far_products(
         v = _padded(far.r_abs[:, g].unsqueeze(1), blocks, block) if signed else r
         c, u = far.c[:, classes], far.c_abs[:, classes]  # (B, n)
         size = u.sum(1, keepdim=True)  # (B, 1), Σ |M|
-        inverse = torch.where(size == 0, 0.0, size.reciprocal())
+        inverse = _inverse(size)
         net = c.sum(1, keepdim=True)  # S
         if total is not None:
             wg = w[classes].to(c.dtype)
@@ -322,3 +322,9 @@ class Constants:
                 dw.addr_(a, c @ xs)
             if db is not None:
                 db.add_(a * c.sum())
+
+
+def _inverse(size: Tensor) -> Tensor:
+    """1 / size, 0 where that is not finite: so small a sum of absolute values counts as none."""
+    inverse = size.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, torch.where(size.isfinite(), 0.0, size))

@@ -9,6 +9,7 @@ certificate  ΔM = M - far form of a block I and a group J has no row and no col
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ MAX_NEAR = 0.3
 # the median class to its own. Chunks of 512 rows of a trained model have at most 0.004, 0.0005 and
 # 0.09; of random logits with standard deviation 0.6: 0.019, 0.0015 and 0.5.
 MAX_ERROR, MAX_CLASS_ERROR = 0.01, 0.25
-PROBE = 16  # features that a trial looks at
+PROBE = 16  # mixtures of features that a trial looks at
 
 
 class Errors(NamedTuple):
@@ -45,20 +46,39 @@ class Errors(NamedTuple):
     median_class: float
 
     def within(self, near: NearFar) -> bool:
+        """Whether they are small enough; NaN is not."""
+        if not all(map(math.isfinite, self)):
+            return False
         if near.target_error:
             return max(self.dx, self.dw) <= near.target_error
         return max(self.dx, self.dw) <= MAX_ERROR and self.median_class <= MAX_CLASS_ERROR
 
 
 class Probe:
-    """Some features of x and w, on which the exact gradient is cheap."""
+    """A few random mixtures of the features of x and w, on which the exact gradient is cheap.
+
+    A norm of a gradient of the mixtures is, up to a factor, that of the gradient itself.
+    """
 
     def __init__(self, xs: Tensor, w: Tensor) -> None:
         d = w.shape[1]
-        start = max(0, (d - PROBE) // 2)
-        self.features = slice(start, min(d, start + PROBE))
-        self.w = w[:, self.features].to(xs.dtype).contiguous()  # (V, P)
-        self.xs = xs[:, self.features].contiguous()  # (N, P)
+        mix = torch.randn(d, min(PROBE, d), generator=torch.Generator().manual_seed(0)).to(xs)
+        self.xs = xs @ mix  # (N, P)
+        self.w = torch.cat([part.to(xs.dtype) @ mix for part in w.split(GROUP)])  # (V, P)
+
+    def dx(
+        self, m: Tensor, factor: Tensor, far: FarSums, rows: slice, classes: slice
+    ) -> tuple[slice, Tensor, Tensor]:
+        """Some of the rows, and there off and exact dx of M = factor · m (R, n), targets apart."""
+        step = min(_step(m), BLOCK)
+        sample = slice(None, None, step)
+        w = self.w[classes]
+        dx = torch.zeros_like(self.xs[rows][sample])
+        into = (self.xs[rows][sample], w, dx, None, None, BLOCK // step)
+        near_products(m[sample], factor[sample], far.near, *into)
+        far_products(far.rows(sample), *into)
+        exact = (m[sample] @ w) * factor[sample].unsqueeze(1)
+        return sample, dx - exact, exact
 
     def errors(
         self,
@@ -74,19 +94,13 @@ class Probe:
         dx is looked at in some rows of each block, dw in some groups of the classes, so many that
         either costs what 128 rows do. ``at_target`` (R, K) is dr at the targets.
         """
-        step = 1 << max(0, (m.shape[0] // BLOCK).bit_length() - 1)
-        xs, sample = self.xs[rows], slice(None, None, min(step, BLOCK))
-        block = BLOCK // min(step, BLOCK)
-        dx = torch.zeros_like(xs[sample])
-        into = (xs[sample], self.w, dx, None, None, block)
-        near_products(m[sample], factor[sample], far.near, *into)
-        far_products(far.rows(sample), *into)
-        exact_dx = (m[sample] @ self.w) * factor[sample].unsqueeze(1)
-        off_dx = dx - exact_dx
+        step, xs = _step(m), self.xs[rows]
+        sample, off_dx, exact_dx = self.dx(m, factor, far, rows, slice(None))
         if target is not None and at_target is not None:
             add_targets(exact_dx, None, None, xs[sample], self.w, target[sample], at_target[sample])
         off_dw, exact_dw = [], []
-        for g in range(0, far.r.shape[1], step):
+        groups = far.r.shape[1]
+        for g in range(min(step, groups) // 2, groups, step):
             classes = slice(g * GROUP, min((g + 1) * GROUP, m.shape[1]))
             own, w = far.group(g), self.w[classes]
             dw = torch.zeros_like(w)
@@ -102,13 +116,19 @@ class Probe:
         size = whole.norm(dim=1)
         by_class = off.norm(dim=1) / torch.where(size == 0, torch.inf, size)
         return Errors(
-            _ratio(off_dx.norm(), exact_dx.norm()),
-            _ratio(off.norm(), whole.norm()),
+            ratio(off_dx.norm(), exact_dx.norm()),
+            ratio(off.norm(), whole.norm()),
             float(by_class.nanmedian()),
         )
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
+def _step(m: Tensor) -> int:
+    """One row, or one group, of so many is looked at: a power of two."""
+    return 1 << max(0, (m.shape[0] // BLOCK).bit_length() - 1)
+
+
+def ratio(part: Tensor, whole: Tensor) -> float:
+    """part / whole, 0 for 0 / 0."""
     return float(part / whole) if float(whole) else float(part > 0)
 
 
@@ -176,8 +196,8 @@ class Certificate:
 
     def relative(self, dx: Tensor | None, dw: Tensor | None) -> tuple[float, float]:
         """The bounds over the norms of the gradients, NaN for one that is not wanted."""
-        x = torch.nan if dx is None else _ratio(self.dx.sqrt(), dx.norm())
-        return x, torch.nan if dw is None else _ratio(self.dw.norm(), dw.norm())
+        x = torch.nan if dx is None else ratio(self.dx.sqrt(), dx.norm())
+        return x, torch.nan if dw is None else ratio(self.dw.norm(), dw.norm())
 
 
 def spread(rows: Tensor) -> Tensor:
@@ -187,9 +207,11 @@ def spread(rows: Tensor) -> Tensor:
     for 1024.
     """
     a = rows - rows.mean(0)
+    size = a.abs().amax()  # σ⁸ of what is tiny or huge is out of range
+    a = a / torch.where(size == 0, 1.0, size)
     gram = a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
     bound: Tensor = (gram @ gram).norm().pow(0.25)
-    return bound * (1 + 1e-4)  # more than the rounding of it
+    return bound * size * (1 + 1e-4)  # more than the rounding of it
 
 
 class Tally:

@@ -28,7 +28,7 @@ from lossops.near_far import (
     far_products,
     near_products,
 )
-from lossops.near_far_errors import Certificate, Tally, Trial, too_near
+from lossops.near_far_errors import Certificate, Errors, Probe, Tally, Trial, ratio, too_near
 from lossops.reference import accumulate_dtype, add_targets, scaled_rows, target_gradient, within
 from lossops.schedules import Gradients, Head, Needs, RowFunction, row_stride
 from lossops.statistics import outputs
@@ -265,9 +265,11 @@ def two_sweeps_gradient(
         at_target = target_gradient(
             head.softcap, v, part.target, part.class_vector, part.teacher, head.names, stats, coefs
         )
-    threshold = _threshold(part, stats, coefs, xs, at_target, g, primitives, near)
+    trial = Trial(xs, w, primitives, near)
+    threshold = _threshold(part, stats, coefs, xs, at_target, g, primitives, trial)
     if threshold is None:
         return schedules.two_sweeps_gradient(head, statistics, coefficients, needs, primitives)
+    check = _Check(trial.probe, xs.shape[0])
     total = torch.zeros_like(xs) if needs.dx or needs.dscale else None
     dw = torch.empty_like(w, memory_format=torch.contiguous_format) if needs.dw else None
     db = torch.empty_like(b) if needs.db and b is not None else None
@@ -282,7 +284,7 @@ def two_sweeps_gradient(
                 part.rows(rows), [t[rows] for t in stats],
                 [None if c is None else c[rows] for c in coefs], classes, xs[rows],
                 threshold * g[rows], primitives, None if total is None else total[rows],
-                dw_part, db_part,
+                dw_part, db_part, check, rows,
             )  # fmt: skip
         constants.slab(classes).add(xs, ws, None, dw_part, db_part)
         if part.target is not None and at_target is not None:
@@ -293,6 +295,8 @@ def two_sweeps_gradient(
             dw[classes].copy_(dw_part)
         if db is not None and db_part is not None:
             db[classes].copy_(db_part)
+    if not check.good(part.target, at_target, near):
+        return schedules.two_sweeps_gradient(head, statistics, coefficients, needs, primitives)
     dx = dscale = None
     if total is not None:
         constants.add(xs, w, total, None, None)
@@ -317,6 +321,8 @@ def _slab(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    check: _Check,
+    rows: slice,
 ) -> None:
     """Add the negatives of some rows among some classes to dx (N, D), dw (n, D), db (n,)."""
     n, count = head.x.shape[0], classes.stop - classes.start
@@ -326,6 +332,7 @@ def _slab(
     ones = xs.new_ones(n)
     far = FarSums.of(primitives.far_sums(m, ones, limit, BLOCK, GROUP))
     w = head.w[classes]
+    check.add(m, ones, far, rows, classes)
     if too_near(far, ones):
         added = None if dx is None else torch.empty_like(dx)
         primitives.linear_products(head.x, w, head.scale, m, ones, added, dw, db, True)
@@ -344,11 +351,10 @@ def _threshold(
     at_target: Tensor | None,
     g: Tensor,
     primitives: ModuleType,
-    near: NearFar,
+    trial: Trial,
 ) -> float | None:
     """The threshold, tried on one block of every 8; None where the gradient has to be dense."""
     v, n = head.w.shape[0], xs.shape[0]
-    trial = Trial(xs, head.w, primitives, near)
     blocks = -(-n // BLOCK)
     for i in range(min(3, blocks // 2), blocks, 8):
         rows = slice(i * BLOCK, min((i + 1) * BLOCK, n))
@@ -363,3 +369,29 @@ def _threshold(
         if trial(m, ones, g[rows], rows, some.target, value)[1] is None:
             return None
     return trial.thresholds[0]
+
+
+class _Check:
+    """What came of all blocks, once all slabs are done: the error of dx in some rows of each."""
+
+    def __init__(self, probe: Probe, rows: int) -> None:
+        self.probe = probe
+        self.off, self.exact = torch.zeros_like(probe.xs), torch.zeros_like(probe.xs)
+        self.sampled = torch.zeros(rows, dtype=torch.bool, device=probe.xs.device)
+
+    def add(self, m: Tensor, factor: Tensor, far: FarSums, rows: slice, classes: slice) -> None:
+        """One slab of the rows ``rows``; one that is dense has no error worth a look."""
+        sample, off, exact = self.probe.dx(m, factor, far, rows, classes)
+        self.off[rows][sample] += off
+        self.exact[rows][sample] += exact
+        self.sampled[rows][sample] = True
+
+    def good(self, target: Tensor | None, at_target: Tensor | None, near: NearFar) -> bool:
+        """Whether the gradient can stay; ``at_target`` (N, K) is dr at the targets."""
+        some = self.sampled.nonzero().squeeze(1)
+        exact = self.exact[some]
+        if target is not None and at_target is not None:
+            add_targets(
+                exact, None, None, self.probe.xs[some], self.probe.w, target[some], at_target[some]
+            )
+        return Errors(ratio(self.off[some].norm(), exact.norm()), 0.0, 0.0).within(near)

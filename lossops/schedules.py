@@ -65,6 +65,11 @@ class LinearLossOptions:
             )
         if self.chunk_rows is not None and self.chunk_rows < 1:
             raise ValueError(f"chunk_rows must be None or at least 1, got {self.chunk_rows}")
+        if not isinstance(self.near_target_error, float | int | None):
+            raise TypeError(
+                "near_target_error must be None or a number in (0, 1), got "
+                f"{type(self.near_target_error).__name__}"
+            )
         if self.near_target_error is not None and not 0 < self.near_target_error < 1:
             raise ValueError(
                 f"near_target_error must be None or in (0, 1), got {self.near_target_error}"
