@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lossops import backends
 from lossops.catalogue.checks import above, among, between, constant
-from lossops.catalogue.chunked import loss_of_logits
+from lossops.catalogue.chunked import RowLosses, loss_of_logits
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -35,7 +35,7 @@ from lossops.statistics import RowStatistics
 
 FAMILY = "Distillation"
 SOFT: Keywords = without("weight", "ignore_index")
-PAIRED = "two chunks of logits and some temporaries, 3 GEMMs and the teacher's one"
+PAIRED = "two chunks of logits, 3 GEMMs and the teacher's one"
 KINDS = ("kl", "reverse_kl", "jsd", "binary_kl")
 
 
@@ -72,8 +72,8 @@ def linear_distillation_loss(
         beta: β of ``"jsd"``, in (0, 1). Default: ``0.5``.
 
     Note:
-        The logits of R rows of both at a time: 8·R·V bytes and a few temporaries of half that.
-        The student's 3 GEMMs and the teacher's one; row by row (``reduction="none"``) 1 and 1 more.
+        The logits of R rows of both at a time, 8·R·V bytes, at most 272 MiB. The student's 3 GEMMs
+        and the teacher's one; row by row (``reduction="none"``) 1 and 1 more.
 
     Example:
         >>> import torch, lossops
@@ -299,16 +299,24 @@ def _against(
     )
     logits_of = _teacher(teacher, student, head["backend"])
 
-    def losses(z: Tensor, rows: slice) -> Tensor:
-        with torch.no_grad():
-            zt = logits_of(rows)
-        return loss(z, zt)
+    def losses(chunk: slice) -> RowLosses:
+        taught = logits_of(chunk)
+
+        def block(z: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                zt = taught(rows)
+            return loss(z, zt)
+
+        return block
 
     return loss_of_logits(student, losses, head)
 
 
-def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice], Tensor]:
-    """The teacher's logits (R, V) of some rows, in the accumulate dtype, no gradient."""
+Logits = Callable[[slice], Tensor]
+
+
+def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice], Logits]:
+    """Of the rows of a chunk, logits of some of them in the accumulate dtype, no gradient."""
     n, v, acc = student.x.shape[0], student.w.shape[0], accumulate_dtype(student.x.dtype)
     if isinstance(teacher, Tensor):
         if teacher.shape != (*student.lead, v):
@@ -316,9 +324,9 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
                 f"teacher logits must have shape {(*student.lead, v)}, got {tuple(teacher.shape)}"
             )
         flat = constant("teacher", teacher).reshape(n, v)
-        return lambda rows: flat[rows].to(acc)
+        return lambda chunk: lambda rows: flat[rows].to(acc)
     if callable(teacher):
-        return lambda rows: _given(teacher(rows.start, rows.stop), rows, v).to(acc)
+        return lambda chunk: lambda rows: _given(teacher(rows.start, rows.stop), rows, v).to(acc)
     if not isinstance(teacher, tuple | list) or len(teacher) not in (2, 3):
         raise TypeError(
             "teacher must be logits, (features, weight) or (features, weight, bias), or a function "
@@ -332,23 +340,18 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
             f"features {tuple(features.shape)} and weight {tuple(weight.shape)}"
         )
     primitives = backends.select(backend, given.x.device, given.x.dtype).primitives()
-    kept: dict[str, Tensor] = {}
 
-    def logits(rows: slice) -> Tensor:
-        size = rows.stop - rows.start
-        buffer = kept.get("buffer")
-        if buffer is None or buffer.shape[0] < size * row_stride(v):
-            buffer = kept["buffer"] = given.x.new_empty(
-                size * row_stride(v), dtype=accumulate_dtype(given.x.dtype)
-            )
+    def of_chunk(chunk: slice) -> Logits:
+        size, dtype = chunk.stop - chunk.start, accumulate_dtype(given.x.dtype)
+        buffer = given.x.new_empty(size * row_stride(v), dtype=dtype)
         z = buffer.as_strided((size, v), (row_stride(v), 1))
         with without_autocast(given.x.device):
             primitives.linear_chunk_statistics(
-                given.x[rows], given.w, given.b, None, 0.0, None, None, None, [], [], z
+                given.x[chunk], given.w, given.b, None, 0.0, None, None, None, [], [], z
             )
-        return z.to(acc)
+        return lambda rows: z[rows.start - chunk.start : rows.stop - chunk.start].to(acc)
 
-    return logits
+    return of_chunk
 
 
 def _given(logits: Tensor, rows: slice, v: int) -> Tensor:

@@ -19,7 +19,7 @@ from lossops.catalogue.recipe import composed
 from lossops.inputs import class_ids, head_inputs
 
 FAMILY = "Every probability"
-LOGITS = "a chunk of logits and some temporaries, 3 GEMMs"
+LOGITS = "a chunk of logits, 3 GEMMs"
 
 
 @composed(
@@ -114,4 +114,4 @@ def _of_rows(
     )
     ids = class_ids(target, given.lead, given.w.shape[0], head["ignore_index"])
     at = ids.clamp(0, given.w.shape[0] - 1)
-    return loss_of_logits(given, lambda z, rows: losses(z, at[rows]), head, ids)
+    return loss_of_logits(given, lambda chunk: lambda z, rows: losses(z, at[rows]), head, ids)
