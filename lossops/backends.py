@@ -94,6 +94,57 @@ def _cpp_primitives() -> ModuleType:
     return module
 
 
+@functools.cache
+def _triton_absence() -> str | None:
+    """Why the Triton kernels cannot be used in this process, on any device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if importlib.util.find_spec("lossops_triton") is None:
+        return f"the package lossops_triton is not installed beside lossops; reinstall: {REBUILD}"
+    return None
+
+
+@functools.cache
+def _is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _capability_objection(device: torch.device) -> str | None:
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return f"the Triton kernels need compute capability 8.0 or newer, {device} has {found}"
+
+
+def _triton_objection(device: torch.device, dtype: torch.dtype) -> str | None:
+    if sentence := _any_dtype(device, dtype):
+        return sentence
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, got torch.float64; use 'reference'"
+    return _triton_device_objection(device)
+
+
+def _triton_device_objection(device: torch.device) -> str | None:
+    if sentence := _triton_absence():
+        return sentence
+    if device.type == "cpu" and _is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the Triton kernels run on CUDA tensors, got {device.type}"
+    return _capability_objection(device)
+
+
+_triton_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _triton_primitives() -> ModuleType:
+    return importlib.import_module("lossops_triton")
+
+
 def _reference_primitives() -> ModuleType:
     from lossops import reference
 
@@ -102,6 +153,7 @@ def _reference_primitives() -> ModuleType:
 
 BACKENDS: dict[str, Backend] = {
     "cpp": Backend("cpp", _cpp_objection, _cpp_primitives),
+    "triton": Backend("triton", _triton_objection, _triton_primitives),
     "reference": Backend("reference", _any_dtype, _reference_primitives),
 }
 

@@ -4,7 +4,8 @@
     ``auto`` (default): the CPU modules where torch and a C++ compiler are found, else nothing;
     ``cpu``: the CPU modules, or an error; ``none``: nothing, a package of pure Python.
 ``LOSSOPS_BACKEND``: the backend of calls that say ``backend="auto"``.
-    ``auto`` (default): the first that can run the call; ``reference``; ``cpp``.
+    ``auto`` (default): the first that can run the call; ``reference``; ``cpp``;
+    ``triton``.
 
 This module imports the standard library alone: ``setup.py`` runs it where there is no torch.
 """
@@ -13,7 +14,7 @@ import os
 
 CHOICES = {
     "LOSSOPS_BUILD": ("auto", "cpu", "none"),
-    "LOSSOPS_BACKEND": ("auto", "reference", "cpp"),
+    "LOSSOPS_BACKEND": ("auto", "reference", "cpp", "triton"),
 }
 
 

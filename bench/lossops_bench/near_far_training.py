@@ -1,8 +1,9 @@
 """Whether near and far gradients train: the demo's model from one seed, each way, step by step.
 
-    dense      the exact gradient
-    near/far   near_threshold="auto"
-    dropping   entries of dz below 2⁻¹² of their row set to 0, as others do
+    dense               the exact gradient
+    dense, two sweeps   the same gradient rounded in another order: how far two exact runs drift
+    near/far            near_threshold="auto"
+    dropping            entries of dz below 2⁻¹² of their row set to 0, as others do
 
 Batches and first weights are the same. On held-out text: the loss of all words, and of those in the
 rarest tenth of the vocabulary, each predicted from the words before it.
@@ -72,6 +73,12 @@ def dropping_cross_entropy(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return _Dropping.apply(x, w, y)  # type: ignore[no-any-return]
 
 
+def rounded_otherwise(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy with the exact gradient, its sums in another order."""
+    options = lossops.LinearLossOptions(schedule="two_sweeps")
+    return lossops.linear_cross_entropy(x, w, y, options=options)
+
+
 def near_far_cross_entropy(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy with near and far gradients."""
     return lossops.linear_cross_entropy(x, w, y, near_threshold="auto")
@@ -79,6 +86,7 @@ def near_far_cross_entropy(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 WAYS: dict[str, HeadLoss] = {
     "dense": lossops.linear_cross_entropy,
+    "dense, two sweeps": rounded_otherwise,
     "near/far": near_far_cross_entropy,
     "dropping": dropping_cross_entropy,
 }
@@ -187,7 +195,12 @@ def read_points(path: Path) -> list[Point]:
         ]
 
 
-COLOURS = {"dense": "#6b747b", "near/far": "#0b7a75", "dropping": "#b8322a"}
+COLOURS = {
+    "dense": "#6b747b",
+    "dense, two sweeps": "#b5bcc2",
+    "near/far": "#0b7a75",
+    "dropping": "#b8322a",
+}
 
 
 def write_curves(path: Path, points: Sequence[Point]) -> None:

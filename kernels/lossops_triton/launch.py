@@ -1,0 +1,77 @@
+"""What every launch needs: the device, its size, and arguments in a form a kernel can read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches inside go to the device, whichever is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Blocks of threads that run at once are a multiple of it; 2 where there is no GPU."""
+    if device.type != "cuda":
+        return 2
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The key of a table of configurations: sm_90, gfx942, and sm_80 where there is no GPU."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def dense_rows(t: Tensor) -> Tensor:
+    """A matrix whose rows are dense: t itself, or a copy."""
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A tensor without holes: t itself, or a copy."""
+    return None if t is None else t.contiguous()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every row of every matrix begins at a multiple of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size() % 16 == 0 or t.shape[0] <= 1)
+        for t in tensors
+    )
+
+
+def misalignment(t: Tensor) -> int:
+    """Elements between the 16-byte boundary before the first one and it."""
+    return t.data_ptr() % 16 // t.element_size()
+
+
+def parts_of(rows: int, units: int, device: torch.device, blocks: int = 4) -> int:
+    """Into how many parts the classes are split, so that ``blocks`` programs a multiprocessor run.
+
+    A function of the sizes and the device alone: the same parts, the same bits.
+    """
+    wanted = blocks * multiprocessors(device)
+    return max(1, min(units, wanted // max(rows, 1)))
+
+
+def given(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Row vectors for a kernel, dense."""
+    return tuple(dense(t) for t in tensors)

@@ -1,0 +1,388 @@
+"""The primitives on x and w: products by the vendor's library, the kernels around them.
+
+A chunk's buffer holds the float32 products r = x wᵀ; scale, bias and softcap are applied where a
+kernel reads them. Half-precision inputs multiply as they are, into float32, and dr is rounded to
+their dtype in the first half of the buffer's rows:
+
+    bfloat16   dr as it is: the range of float32
+    float16    dr · 2^14 / G, G a power of two at or above the largest coefficient of the chunk,
+               where |dr| ≤ G; a dr without such a bound stays float32, as do its products
+
+dx, dw and db are float32 before their last rounding. Targets are added apart, in float32, by
+segments of a sort (targets.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lossops.reference import TILE, Coefficients, scaled_rows, target_gradient
+from lossops.statistics import is_log_sum, outputs, temperature
+from lossops_triton.fused import fused_statistics, fuses
+from lossops_triton.statistics import (
+    Logits,
+    Spec,
+    chunk_gradient,
+    chunk_statistics,
+    column_sums,
+)
+from lossops_triton.targets import add_targets
+
+HALF_UNIT = 2.0**14  # of float16, whose largest number is just below 2^16
+SLAB_BYTES = 256 * 2**20  # of float32 products where the caller gives no buffer
+# Statistics whose basis is not within [-1, 1].
+UNBOUNDED = ("mean", "variance", "moment", "weighted_sum", "teacher")
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (float32) = a b, or out += a b; half-precision factors are not rounded up first."""
+    beta = 1 if accumulate else 0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=1, out=out)
+    else:  # the interpreter's device has no such product
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def logits_statistics(
+    z: Tensor,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+) -> list[Tensor]:
+    """Statistics of existing logits (N, V)."""
+    return chunk_statistics(Logits(z), target, class_vector, teacher, names)
+
+
+def logits_gradient(
+    z: Tensor,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+    out: Tensor,
+) -> None:
+    """dz (N, V), targets included, into ``out``, which may be ``z`` itself."""
+    spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
+    at_target = None if target is None else target_gradient(0.0, z.shape[1], *spec)
+    dense = z if z.stride(1) == 1 or z.shape[1] <= 1 else z.contiguous()
+    own = out if out.stride(1) == 1 or out.shape[1] <= 1 else torch.empty_like(dense)
+    chunk_gradient(Logits(dense), spec, own, at_target=at_target)
+    if own is not out:
+        out.copy_(own)
+
+
+def linear_statistics(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+) -> list[Tensor]:
+    """Statistics straight from x and w: by one kernel where it can, else chunk by chunk of rows."""
+    if fuses(x, w, names):
+        return fused_statistics(x, w, b, scale, softcap, target, class_vector, teacher, names)
+    n, v = x.shape[0], w.shape[0]
+    rows = max(1, min(n, SLAB_BYTES // (4 * max(v, 1))))
+    buffer = x.new_empty(min(rows, max(n, 1)), v, dtype=torch.float32)
+    parts: list[list[Tensor]] = []
+    for start in range(0, max(n, 1), rows):
+        some = slice(start, min(start + rows, n))
+        chunk = buffer[: some.stop - start]
+        parts.append(
+            linear_chunk_statistics(
+                x[some], w, b, scale, softcap, _at(target, some), class_vector, _at(teacher, some),
+                names, (), chunk,
+            )
+        )  # fmt: skip
+    return parts[0] if len(parts) == 1 else [torch.cat(t) for t in zip(*parts, strict=True)]
+
+
+def linear_chunk_statistics(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    buffer: Tensor,
+) -> list[Tensor]:
+    """Statistics of a chunk of rows, leaving its products in ``buffer`` (N, V)."""
+    if buffer.numel():
+        product(x, w.T, buffer)
+    return chunk_statistics(Logits(buffer, b, scale, softcap), target, class_vector, teacher, names)
+
+
+def linear_chunk_gradient(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    buffer: Tensor,
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """Gradients of a chunk from its buffer, which is destroyed."""
+    spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
+    if not buffer.shape[1]:
+        return
+    logits = Logits(buffer, b, scale, softcap)
+    if db is not None:
+        column_sums(logits, spec, db, accumulate)
+    dr, factor = _rounded_gradient(logits, x.dtype, spec)
+    _products(x, w, scale, dr, factor, dx, dw, accumulate)
+    if target is not None:
+        at_target = target_gradient(softcap, w.shape[0], *spec)
+        add_targets(dx, dw, db, x, scale, w, target, at_target)
+
+
+def linear_chunk_negatives(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    buffer: Tensor,
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+) -> Tensor:
+    """The buffer becomes dr of the negatives in float32; the row factor is 1."""
+    spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
+    chunk_gradient(Logits(buffer, b, scale, softcap), spec, buffer)
+    return buffer.new_ones(x.shape[0])
+
+
+def linear_products(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    buffer: Tensor,
+    row_factor: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """dx, dw and db of dr = row_factor · buffer, a float32 buffer; the targets are the caller's."""
+    factor = row_factor.unsqueeze(1)
+    acc = buffer.dtype
+    xs = factor * scaled_rows(x, scale, acc)
+    if dx is not None:
+        dx.zero_()
+    for c in range(0, w.shape[0], TILE):
+        tile = slice(c, c + TILE)
+        if dx is not None:
+            product(buffer[:, tile], w[tile].to(acc), dx, True)
+        if dw is not None:
+            product(buffer[:, tile].T, xs, dw[tile], accumulate)
+    if dx is not None:
+        dx *= factor
+    if db is not None:
+        db.copy_(row_factor @ buffer + (db if accumulate else 0))
+
+
+def linear_negatives(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+    first: int,
+    buffer: Tensor,
+) -> None:
+    """dr of the negatives among the n classes from ``first`` on, into ``buffer`` (N, n)."""
+    if not buffer.numel():
+        return
+    tile = slice(first, first + buffer.shape[1])
+    product(x, w[tile].T, buffer)
+    spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
+    chunk_gradient(
+        Logits(buffer, _at(b, tile), scale, softcap), _among(spec, tile), buffer,
+        first_class=first, num_classes=w.shape[0],
+    )  # fmt: skip
+
+
+def linear_gradient(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    scale: Tensor | None,
+    softcap: float,
+    target: Tensor | None,
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    names: Sequence[str],
+    statistics: Sequence[Tensor],
+    coefficients: Coefficients,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Gradients from statistics alone, one slab of classes at a time, ``SLAB_BYTES`` of products.
+
+    Each slice of dw and db is one sum over all rows, rounded once.
+    """
+    n, v = x.shape[0], w.shape[0]
+    if dx is not None:
+        dx.zero_()
+    if n == 0:
+        for t in (dw, db):
+            if t is not None:
+                t.zero_()
+        return
+    spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
+    at_target = None if target is None else target_gradient(softcap, v, *spec)
+    size = max(256, SLAB_BYTES // (4 * n) // 256 * 256)
+    stride = -(-min(size, v) // 16) * 16
+    memory = x.new_empty(n * stride, dtype=torch.float32)
+    partial = None if dx is None else torch.empty_like(dx)
+    for first in range(0, v, size):
+        tile = slice(first, min(first + size, v))
+        count = tile.stop - first
+        buffer = memory.as_strided((n, count), (stride, 1))
+        product(x, w[tile].T, buffer)
+        part = Logits(buffer, _at(b, tile), scale, softcap)
+        own = _among(spec, tile)
+        wt = w[tile]
+        dw_part = None if dw is None else x.new_empty(wt.shape, dtype=torch.float32)
+        db_part = None if db is None else x.new_empty(count, dtype=torch.float32)
+        if db_part is not None:
+            column_sums(part, own, db_part, False, first, v)
+        dr, factor = _rounded_gradient(part, x.dtype, own, first, v)
+        _products(x, wt, scale, dr, factor, partial, dw_part, False)
+        if target is not None and at_target is not None:
+            inside = (target >= first) & (target < tile.stop)
+            ids = torch.where(inside, target - first, -1)
+            add_targets(None, dw_part, db_part, x, scale, wt, ids, at_target)
+        if dx is not None and partial is not None:
+            dx += partial
+        if dw is not None and dw_part is not None:
+            dw[tile].copy_(dw_part)
+        if db is not None and db_part is not None:
+            db[tile].copy_(db_part)
+    if dx is not None and target is not None and at_target is not None:
+        add_targets(dx, None, None, x, scale, w, target, at_target)
+
+
+def _among(spec: Spec, tile: slice) -> Spec:
+    """The specification of some of the classes."""
+    teacher = None if spec.teacher is None else spec.teacher[:, tile]
+    return spec._replace(class_vector=_at(spec.class_vector, tile), teacher=teacher)
+
+
+def _rounded_gradient(
+    logits: Logits,
+    dtype: torch.dtype,
+    spec: Spec,
+    first: int = 0,
+    num_classes: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dr in the memory of the products, and the factor () that it lacks; None for 1."""
+    names, coefficients = spec.names, spec.coefficients
+    r = logits.r
+    out, unit, factor = r, None, None
+    bounded = True
+    if dtype == torch.float16:
+        given = zip(outputs(names), coefficients, strict=True)
+        bounded = not any(c is not None and name in UNBOUNDED for name, c in given)
+    if dtype in (torch.bfloat16, torch.float16) and bounded and _can_pack(r):
+        out = r.view(dtype)[:, : r.shape[1]]
+        if dtype == torch.float16:
+            factor = _power_of_two(names, coefficients, r) / HALF_UNIT
+            unit = 1 / factor
+    chunk_gradient(logits, spec, out, unit=unit, first_class=first, num_classes=num_classes)
+    return out, factor
+
+
+def _can_pack(r: Tensor) -> bool:
+    """Whether the rows of a float32 matrix can hold half precision in their first halves."""
+    return r.stride(1) == 1 and r.data_ptr() % 16 == 0 and r.stride(0) % 4 == 0
+
+
+def _power_of_two(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:
+    """G (), a power of two at or above every row's sum of coefficients, without a sync."""
+    total = like.new_zeros(())
+    for name, c in zip(outputs(names), coefficients, strict=True):
+        if c is not None and name != "target" and c.numel():
+            t = temperature(name) if is_log_sum(name) else 1.0
+            total = total + t * c.abs().amax()
+    exponent = torch.frexp(total)[1]
+    return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
+
+
+def _products(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    dr: Tensor,
+    factor: Tensor | None,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """dx and dw of factor · dr, whose dtype is that of the products."""
+    if dr.dtype != x.dtype:
+        linear_products(x, w, scale, dr, dr.new_ones(dr.shape[0]), dx, dw, None, accumulate)
+        return
+    for_w = factor
+    if scale is not None:
+        for_w = scale.to(torch.float32) if factor is None else factor * scale.to(torch.float32)
+    if dx is not None:
+        product(dr, w, dx)
+        if factor is not None:
+            dx *= factor
+    if dw is not None:
+        if for_w is None:
+            product(dr.T, x, dw, accumulate)
+        elif accumulate:
+            dw += _scaled_product(dr.T, x, for_w, dw)
+        else:
+            product(dr.T, x, dw)
+            dw *= for_w
+
+
+def _scaled_product(a: Tensor, b: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """factor · a b in float32."""
+    found = torch.empty_like(like)
+    product(a, b, found)
+    return found.mul_(factor)
+
+
+def _at(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]
