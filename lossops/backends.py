@@ -107,9 +107,7 @@ def _triton_absence() -> str | None:
 @functools.cache
 def _is_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 @functools.cache
