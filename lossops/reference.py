@@ -88,7 +88,8 @@ def linear_chunk_statistics(
     """Statistics of a chunk of rows, leaving in ``buffer`` (N, V) what the gradient needs.
 
     ``wanted`` names the outputs that may get a coefficient. What the buffer holds is the
-    backend's own business (here the logits); its dtype is the accumulate dtype.
+    backend's own business, the logits where there are no ``names``; its dtype is the accumulate
+    dtype.
     """
     acc = buffer.dtype
     for c in range(0, w.shape[0], TILE):

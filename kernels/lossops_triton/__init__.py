@@ -2,11 +2,14 @@
 
     logits_statistics, linear_statistics     statistics.py, fused.py
     linear_chunk_*, linear_negatives         chunk.py around products by the vendor's library
-    linear_gradient                          slabs of classes of the same
+    linear_gradient, linear_binary           slabs of classes of the same; pairs.py
+    linear_pair_*, far_sums                  plain PyTorch, from lossops.reference
 
 Nothing waits for the device, sizes come from shapes alone, and no kernel uses atomics or locks.
 """
 
+from lossops.reference import far_sums
+from lossops.reference_pairs import linear_pair_gradient, linear_pair_statistics
 from lossops_triton.linear import (
     linear_chunk_gradient,
     linear_chunk_negatives,
@@ -18,13 +21,18 @@ from lossops_triton.linear import (
     logits_gradient,
     logits_statistics,
 )
+from lossops_triton.pairs import linear_binary
 
 __all__ = [
+    "far_sums",
+    "linear_binary",
     "linear_chunk_gradient",
     "linear_chunk_negatives",
     "linear_chunk_statistics",
     "linear_gradient",
     "linear_negatives",
+    "linear_pair_gradient",
+    "linear_pair_statistics",
     "linear_products",
     "linear_statistics",
     "logits_gradient",

@@ -276,24 +276,24 @@ def chunk_gradient_kernel(
         o_vec = start + tl.arange(0, BLOCK)
         m_vec = o_vec < last
         r = tl.load(body_ptr + o_vec, mask=m_vec, other=0.0).to(tl.float32)
-        if IN_PLACE:
-            tl.debug_barrier()  # all of the tile is read before any of it is overwritten
         dr = _slope(
             r, head + o_vec, m_vec, row, scale, b_ptr, target_ptr, num_targets, a_ptr, t_ptr,
             t_stride, stats, coefs, log_stats, log_coefs, at_target_ptr, first_class, num_classes,
             softcap, LOG_SUMS, SOFTCAP,
         )  # fmt: skip
+        if IN_PLACE:
+            tl.debug_barrier()  # all of the tile is read before any of it is overwritten
         tl.store(out_body_ptr + o_vec, (dr * unit).to(out_ptr.dtype.element_ty), mask=m_vec)
     if part == PARTS - 1:
         o_edge, m_edge = edges(head, whole, v, VEC)
         r = tl.load(row_ptr + o_edge, mask=m_edge, other=0.0).to(tl.float32)
-        if IN_PLACE:
-            tl.debug_barrier()
         dr = _slope(
             r, o_edge, m_edge, row, scale, b_ptr, target_ptr, num_targets, a_ptr, t_ptr,
             t_stride, stats, coefs, log_stats, log_coefs, at_target_ptr, first_class, num_classes,
             softcap, LOG_SUMS, SOFTCAP,
         )  # fmt: skip
+        if IN_PLACE:
+            tl.debug_barrier()
         tl.store(out_row_ptr + o_edge, (dr * unit).to(out_ptr.dtype.element_ty), mask=m_edge)
 
 

@@ -17,6 +17,7 @@ class Tile(NamedTuple):
         warps, stages: of a program, and of its loads in flight.
         blocks: programs that fit a multiprocessor; the classes are split to fill them.
         descriptors: whether tiles are loaded by TMA; rows must begin at multiples of 16 bytes.
+        registers: a thread may have, for the compiler to keep to; None: as many as it likes.
         flatten: whether the two loops are one to the compiler, so that a tile's first loads are in
             flight while the last one's exponentials are computed.
     """
@@ -29,27 +30,37 @@ class Tile(NamedTuple):
     blocks: int = 2
     descriptors: bool = False
     flatten: bool = False
+    registers: int | None = None
 
 
 TILES: dict[str, Tile] = {
-    "sm_80": Tile(128, 128, 32, 8, 4),
-    "sm_86": Tile(128, 128, 32, 8, 3),
-    "sm_89": Tile(128, 128, 32, 8, 3),
+    "sm_80": Tile(128, 64, 64, 8, 3, registers=128),
+    "sm_86": Tile(128, 64, 64, 8, 3, registers=128),
+    "sm_89": Tile(128, 64, 64, 8, 3, registers=128),
     "sm_90": Tile(128, 128, 64, 8, 3, descriptors=True),
     "sm_100": Tile(128, 128, 64, 8, 3, descriptors=True),
-    "sm_120": Tile(128, 128, 32, 8, 3),
+    "sm_120": Tile(128, 64, 32, 8, 4, registers=128),
     "gfx942": Tile(128, 128, 64, 8, 2),
     "gfx950": Tile(128, 128, 64, 8, 2),
 }
+# Where the map or the statistics need more registers than the log-sum leaves.
+RICH_TILES: dict[str, Tile] = {
+    arch: Tile(64, 64, 64, 4, 3, descriptors=tile.descriptors) for arch, tile in TILES.items()
+}
 
 
-def tile_of(x: Tensor, w: Tensor) -> Tile:
-    """The tile for these operands on their device; an unknown architecture takes sm_80's."""
-    found = TILES.get(architecture(x.device), TILES["sm_80"])
-    d = x.shape[1]
-    small = max(16, 1 << (d - 1).bit_length())
+def tile_of(x: Tensor, w: Tensor, rich: bool) -> Tile:
+    """The tile for these operands on the current device; an unknown architecture takes sm_80's.
+
+    Args:
+        x, w: operands.
+        rich: whether there is more to do for a logit than its exponential.
+    """
+    table = RICH_TILES if rich else TILES
+    found = table.get(architecture(), table["sm_80"])
+    small = max(16, 1 << (x.shape[1] - 1).bit_length())
     if small < found.bk:
         found = found._replace(bk=small)
-    if found.descriptors and not (aligned(x, w) and d >= found.bk):
+    if found.descriptors and not (aligned(x, w) and x.shape[1] >= found.bk):
         found = found._replace(descriptors=False)
     return found

@@ -75,3 +75,57 @@ def logit_map(r, scale, b, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         z = softcap * tanh(z / softcap)
     return z
+
+
+@triton.jit
+def expm1(y):
+    """e^y - 1 = 2 t / (1 - t), t = tanh(y / 2); for y up to 1."""
+    t = tanh(0.5 * y)
+    return 2.0 * t / (1.0 - t)
+
+
+@triton.jit
+def addend(z, KIND: tl.constexpr, p, q, DETACHED: tl.constexpr):
+    """What a negative logit adds to a sum over single logits, and the derivative: csrc/row.h.
+
+    KIND and p, q: 0 sigmoid; 1 hinge (margin); 2 gumbel (most); 3 asymmetric (gamma, clip).
+    """
+    if KIND == 0:
+        e = tl.exp(-tl.abs(z))
+        value = tl.where(z < 0, 0.0, z) + log1p(e)
+        slope = tl.where(z < 0, e, 1.0) / (1.0 + e)
+    elif KIND == 1:
+        above = z - p
+        value = tl.where(above < 0, 0.0, above)
+        slope = tl.where(above > 0, 1.0, value * 0.0)  # NaN stays NaN
+    elif KIND == 2:
+        bounded = tl.where(z < -7.0, -7.0, z)
+        u = tl.exp(-tl.where(bounded > p, p, bounded))
+        eta = tl.exp(-u)
+        rest = -expm1(-u)  # 1 - η
+        odds = eta / rest
+        near = -tl.log(tl.where(u < 0.7, rest, 1.0))
+        value = tl.where(u < 0.7, near, log1p(tl.where(odds > 1.0, 1.0, odds)))
+        slope = tl.where(z > p, 0.0, u * odds)
+    else:
+        e = tl.exp(-tl.abs(z))
+        both = 1.0 / (1.0 + e)
+        sigma = tl.where(z < 0, e, 1.0) * both
+        tau = tl.where(z < 0, 1.0, e) * both  # 1 - σ
+        m = sigma - q
+        rest = tl.where(tau + q > 1.0, 1.0, tau + q)  # 1 - m
+        # The logarithm of 1 - σ itself would underflow.
+        log_rest = tl.log(rest)
+        if q == 0:
+            log_rest = -(tl.where(z < 0, 0.0, z) + log1p(e))
+        safe = tl.where(m > 0, m, 1.0)
+        focus = tl.exp(p * tl.log(safe))
+        value = -focus * log_rest
+        slope = focus * sigma * tau / rest
+        if q == 0:
+            slope = focus * sigma
+        if not DETACHED:
+            slope = slope - p * focus / safe * sigma * tau * log_rest
+        value = tl.where(m > 0, value, m * 0.0)
+        slope = tl.where(m > 0, slope, m * 0.0)
+    return value, slope

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lossops_triton import row
 from lossops_triton.configurations import Tile, tile_of
 from lossops_triton.elements import logit_map
 from lossops_triton.launch import dense, dense_rows, multiprocessors, on
@@ -113,6 +114,7 @@ def fused_statistics_kernel(
         z = logit_map(r, scale, bias, softcap, b_ptr is not None, SOFTCAP)
         m_negative = m_class[None, :]
         if target_ptr is not None:
+            m_negative = tl.broadcast_to(m_negative, [BM, BN])
             for j in range(num_targets):
                 y = tl.load(target_ptr + o_row * num_targets + j, mask=m_row, other=-1)
                 m_negative = m_negative & (o_class[None, :] != y[:, None])
@@ -203,7 +205,8 @@ def fused_statistics(
         return kept.listed()
     ids, b = no_columns(target), dense(b)
     flags, sums = bits(names), log_sums(names)
-    tile = tile_of(x, w)
+    with on(x.device):
+        tile = tile_of(x, w, softcap != 0 or bool(sums) or flags > row.LSE.value)
     blocks, tiles = triton.cdiv(n, tile.bm), triton.cdiv(v, tile.bn)
     parts = max(1, min(tiles, tile.blocks * multiprocessors(x.device) // blocks))
     per_part = triton.cdiv(tiles, parts)
@@ -230,6 +233,7 @@ def fused_statistics(
             FLAGS=flags, LOG_SUMS=sums, SOFTCAP=softcap != 0, PARTS=parts, BM=tile.bm, BN=tile.bn,
             BK=tile.bk, WHOLE_D=d % tile.bk == 0, DESCRIPTORS=tile.descriptors,
             FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tile.registers,
         )  # fmt: skip
         if parts > 1:
             merge_states(floats, numbers, kept, flags, sums)

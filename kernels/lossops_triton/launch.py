@@ -11,8 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were defined
-
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches inside go to the device, whichever is current."""
@@ -28,16 +26,16 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The key of a table of configurations: sm_90, gfx942, and sm_80 where there is no GPU."""
-    if device.type != "cuda":
+def architecture() -> str:
+    """The key of a table of configurations, of the current device: sm_90, gfx942.
+
+    It is the target of Triton's driver: what kernels are compiled for. sm_80 where there is none.
+    """
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
         return "sm_80"
-    if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
 def dense_rows(t: Tensor) -> Tensor:

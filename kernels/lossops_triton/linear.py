@@ -125,6 +125,14 @@ def linear_chunk_statistics(
     """Statistics of a chunk of rows, leaving its products in ``buffer`` (N, V)."""
     if buffer.numel():
         product(x, w.T, buffer)
+        if not names:  # the logits themselves
+            if scale is not None:
+                buffer *= scale.to(buffer.dtype)
+            if b is not None:
+                buffer += b.to(buffer.dtype)
+            if softcap:
+                buffer.div_(softcap).tanh_().mul_(softcap)
+            return chunk_statistics(Logits(buffer), None, None, None, names)
     return chunk_statistics(Logits(buffer, b, scale, softcap), target, class_vector, teacher, names)
 
 
@@ -155,7 +163,7 @@ def linear_chunk_gradient(
     if db is not None:
         column_sums(logits, spec, db, accumulate)
     dr, factor = _rounded_gradient(logits, x.dtype, spec)
-    _products(x, w, scale, dr, factor, dx, dw, accumulate)
+    products(x, w, scale, dr, factor, dx, dw, accumulate)
     if target is not None:
         at_target = target_gradient(softcap, w.shape[0], *spec)
         add_targets(dx, dw, db, x, scale, w, target, at_target)
@@ -285,7 +293,7 @@ def linear_gradient(
         if db_part is not None:
             column_sums(part, own, db_part, False, first, v)
         dr, factor = _rounded_gradient(part, x.dtype, own, first, v)
-        _products(x, wt, scale, dr, factor, partial, dw_part, False)
+        products(x, wt, scale, dr, factor, partial, dw_part, False)
         if target is not None and at_target is not None:
             inside = (target >= first) & (target < tile.stop)
             ids = torch.where(inside, target - first, -1)
@@ -321,7 +329,7 @@ def _rounded_gradient(
     if dtype == torch.float16:
         given = zip(outputs(names), coefficients, strict=True)
         bounded = not any(c is not None and name in UNBOUNDED for name, c in given)
-    if dtype in (torch.bfloat16, torch.float16) and bounded and _can_pack(r):
+    if dtype in (torch.bfloat16, torch.float16) and bounded and can_pack(r):
         out = r.view(dtype)[:, : r.shape[1]]
         if dtype == torch.float16:
             factor = _power_of_two(names, coefficients, r) / HALF_UNIT
@@ -330,7 +338,7 @@ def _rounded_gradient(
     return out, factor
 
 
-def _can_pack(r: Tensor) -> bool:
+def can_pack(r: Tensor) -> bool:
     """Whether the rows of a float32 matrix can hold half precision in their first halves."""
     return r.stride(1) == 1 and r.data_ptr() % 16 == 0 and r.stride(0) % 4 == 0
 
@@ -346,7 +354,7 @@ def _power_of_two(names: Sequence[str], coefficients: Coefficients, like: Tensor
     return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
 
 
-def _products(
+def products(
     x: Tensor,
     w: Tensor,
     scale: Tensor | None,

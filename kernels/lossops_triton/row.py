@@ -14,7 +14,7 @@ negatives (0 where that is not finite):
 
 `of_tile` makes one from a tile of logits, `merge` joins two: tiles within a kernel and parts of the
 classes between kernels alike. Which are kept is a constexpr set of bits; what is not in it costs
-nothing. MUFU instructions: one a logit for any of sum, mean and spread, two a row and tile for
+nothing. MUFU instructions: one a logit for any of sum, mean and spread, one a row and tile for
 `merge`, one a logit for each log sum at a temperature or with a limit.
 """
 
@@ -169,9 +169,12 @@ def merge(p, p_count, q, q_count, FLAGS: tl.constexpr, LOG_SUMS: tl.constexpr):
     top = tl.maximum(p[0], q[0])
     shift = finite(top)
     p_down, q_down = finite(p[0]) - shift, finite(q[0]) - shift
-    # What has no negatives has nothing to scale: its shift of 0 may be far above all others.
-    p_scale = tl.exp(tl.where(p[0] == -float("inf"), 0.0, p_down))
-    q_scale = tl.exp(tl.where(q[0] == -float("inf"), 0.0, q_down))
+    # Only the lower one is scaled. What has no negatives has nothing to scale: its shift of 0
+    # may be far above all others.
+    p_far = tl.where(p[0] == -float("inf"), 0.0, p_down)
+    q_far = tl.where(q[0] == -float("inf"), 0.0, q_down)
+    lower = tl.exp(p_far + q_far)
+    p_scale, q_scale = tl.where(p_far == 0, 1.0, lower), tl.where(q_far == 0, 1.0, lower)
     total, mean, spread, best, second, second_id = p[1], p[2], p[3], p[4], p[5], p[6]
     average, moment, plus, steady, weighted, weights, taught, teacher = (
         p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14],
@@ -222,8 +225,9 @@ def merge(p, p_count, q, q_count, FLAGS: tl.constexpr, LOG_SUMS: tl.constexpr):
     sums = ()
     for k in tl.static_range(len(LOG_SUMS)):
         if LOG_SUMS[k][1] == float("inf"):
-            x = p[17][k][1] * tl.exp(LOG_SUMS[k][0] * tl.where(p[0] == -float("inf"), 0.0, p_down))
-            y = q[17][k][1] * tl.exp(LOG_SUMS[k][0] * tl.where(q[0] == -float("inf"), 0.0, q_down))
+            power = tl.exp(LOG_SUMS[k][0] * (p_far + q_far))
+            x = p[17][k][1] * tl.where(p_far == 0, 1.0, power)
+            y = q[17][k][1] * tl.where(q_far == 0, 1.0, power)
             sums = sums + ((top, x + y),)
         else:
             x_top, y_top = p[17][k][0], q[17][k][0]
