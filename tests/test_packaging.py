@@ -16,7 +16,11 @@ import pytest
 from lossops import backends, switches
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"lossops": ROOT / "lossops", "lossops_bench": ROOT / "bench" / "lossops_bench"}
+PACKAGES = {
+    "lossops": ROOT / "lossops",
+    "lossops_bench": ROOT / "bench" / "lossops_bench",
+    "lossops_triton": ROOT / "kernels" / "lossops_triton",
+}
 
 
 def run_python(*arguments, **environment):
@@ -77,7 +81,7 @@ def test_sdist_holds_all_that_a_build_and_a_test_run_need(archives):
     assert {name for name in names if name.endswith((".so", ".pyc"))} == set()
 
 
-def test_wheel_holds_the_two_packages_and_nothing_else(archives):
+def test_wheel_holds_the_packages_and_nothing_else(archives):
     _, wheel = archives
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
