@@ -438,9 +438,7 @@ def planned_rows(
         return None
     if options.chunk_rows is not None:
         return options.chunk_rows
-    rows = one_sweep_rows(
-        n, head.x.shape[1], v, head.x.dtype, head.w.requires_grad, options.max_workspace_bytes
-    )
+    rows = one_sweep_rows(head.x, v, head.w.requires_grad, options.max_workspace_bytes)
     if rows is None and options.schedule == "one_sweep":
         return -(-n // max(1, -(-n // 128))) or 1  # asked for: about 128 rows at a time
     return rows

@@ -3,12 +3,13 @@
     logits_statistics, linear_statistics     statistics.py, fused.py
     linear_chunk_*, linear_negatives         chunk.py around products by the vendor's library
     linear_gradient, linear_binary           slabs of classes of the same; pairs.py
-    linear_pair_*, far_sums                  plain PyTorch, from lossops.reference
+    far_sums, near_products                  sparse.py
+    linear_pair_*                            plain PyTorch, from lossops.reference_pairs
 
-Nothing waits for the device, sizes come from shapes alone, and no kernel uses atomics or locks.
+Nothing but near and far waits for the device, sizes come from shapes alone, and no kernel uses
+atomics or locks.
 """
 
-from lossops.reference import far_sums
 from lossops.reference_pairs import linear_pair_gradient, linear_pair_statistics
 from lossops_triton.linear import (
     linear_chunk_gradient,
@@ -22,6 +23,7 @@ from lossops_triton.linear import (
     logits_statistics,
 )
 from lossops_triton.pairs import linear_binary
+from lossops_triton.sparse import far_sums, near_products
 
 __all__ = [
     "far_sums",
@@ -37,4 +39,5 @@ __all__ = [
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
+    "near_products",
 ]

@@ -37,8 +37,8 @@ from lossops.linear import row_factors
 from lossops.ops import check_target
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
-    PREFERRED_BUFFER_BYTES,
     LinearLossOptions,
+    chunk_size,
     row_stride,
     without_autocast,
 )
@@ -137,7 +137,7 @@ def _planned_rows(head: HeadInputs, max_bytes: int) -> int:
     """Rows whose buffer fits, with another one for a teacher, in chunks of the same size."""
     n, v = head.x.shape[0], head.w.shape[0]
     row_bytes = accumulate_dtype(head.x.dtype).itemsize * row_stride(v)
-    most = min(max_bytes // 2, PREFERRED_BUFFER_BYTES) // row_bytes
+    most = min(max_bytes // 2, chunk_size(head.x.device).bytes) // row_bytes
     chunks = -(-n // max(most, MIN_ROWS))
     return -(-n // max(1, chunks)) or 1
 
