@@ -32,6 +32,11 @@ class Tile(NamedTuple):
     flatten: bool = False
     registers: int | None = None
 
+    def launch(self) -> dict[str, int]:
+        """What Triton is told beside the arguments; AMD's compiler knows no bound on registers."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
 
 TILES: dict[str, Tile] = {
     "sm_80": Tile(128, 64, 64, 8, 3, registers=128),

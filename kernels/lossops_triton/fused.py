@@ -232,8 +232,7 @@ def fused_statistics(
             0 if taught is None else taught.stride(0), floats, numbers, n, v, d, softcap, per_part,
             FLAGS=flags, LOG_SUMS=sums, SOFTCAP=softcap != 0, PARTS=parts, BM=tile.bm, BN=tile.bn,
             BK=tile.bk, WHOLE_D=d % tile.bk == 0, DESCRIPTORS=tile.descriptors,
-            FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers,
+            FLATTEN=tile.flatten, **tile.launch(),
         )  # fmt: skip
         if parts > 1:
             merge_states(floats, numbers, kept, flags, sums)
