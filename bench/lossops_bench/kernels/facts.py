@@ -28,7 +28,8 @@ class Facts:
         blocks, occupancy, limit: programs a multiprocessor, share of its warps, what stops more.
         matrix: matrix instructions by kind.
         inner: instructions of the innermost loop that multiplies, and how many of these multiply.
-        functions: exponentials, logarithms and reciprocals (MUFU) of a thread in the main loop.
+        functions: exponentials, logarithms and reciprocals (MUFU) of a thread in the main loop, or
+            anywhere where that has none.
         loads, wide_loads: from global memory in the main loop, and those of 16 bytes or by copy
             engine.
         atomics: on global memory, anywhere.
@@ -104,7 +105,7 @@ def facts_of(kernel: CompiledKernel, architecture: str) -> Facts:
         limit=fit.limit,
         matrix=dict(Counter(listing.opcodes(kinds["matrix"]))),
         inner=inner and (inner.last - inner.first + 1, listing.count(kinds["matrix"], inner)),
-        functions=listing.count(kinds["functions"], main),
+        functions=listing.count(kinds["functions"], main) or listing.count(kinds["functions"]),
         loads=listing.count(kinds["loads"], main),
         wide_loads=listing.count(kinds["wide"], main),
         atomics=listing.count(kinds["atomics"]),
