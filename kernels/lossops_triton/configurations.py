@@ -55,7 +55,7 @@ RICH_TILES: dict[str, Tile] = {
     "sm_80": Tile(128, 64, 32, 8, 4, registers=128),
     "sm_86": Tile(128, 64, 32, 8, 4, registers=128),
     "sm_89": Tile(128, 64, 32, 8, 4, registers=128),
-    "sm_90": Tile(128, 64, 64, 8, 3, blocks=3, descriptors=True),
+    "sm_90": Tile(128, 64, 64, 8, 3, blocks=3, descriptors=True, registers=80),
     "sm_100": Tile(128, 64, 64, 8, 3, descriptors=True),
     "sm_120": Tile(64, 64, 64, 8, 3, registers=128),
     "gfx942": Tile(128, 64, 64, 8, 2),

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossops_triton.chunk import edges, full_vectors, no_target, scale_of
+from lossops_triton.chunk import edges, full_vectors, no_target, scale_of, vectors_from
 from lossops_triton.elements import addend, logit_map
 from lossops_triton.launch import aligned, dense, misalignment, on
 from lossops_triton.linear import SLAB_BYTES, can_pack, product, products
-from lossops_triton.statistics import WARPS, Split, no_columns
+from lossops_triton.statistics import WARPS, Split, no_columns, step
 from lossops_triton.targets import add_targets
 
 KINDS = {"sigmoid": 0, "hinge": 1, "gumbel": 2, "asymmetric": 3}
@@ -57,9 +57,7 @@ def binary_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr + row)
     head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
-    body_ptr = row_ptr + head
-    if not ALIGNED:
-        body_ptr = tl.multiple_of(body_ptr, 16)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, whole, BLOCK):
         o_vec = start + tl.arange(0, BLOCK)
@@ -73,9 +71,7 @@ def binary_kernel(
         if out_ptr is not None:
             if IN_PLACE:
                 tl.debug_barrier()  # all of the tile is read before any of it is overwritten
-            out_row_ptr = out_ptr + row * out_stride + head
-            if not ALIGNED:
-                out_row_ptr = tl.multiple_of(out_row_ptr, 16)
+            out_row_ptr = vectors_from(out_ptr, row * out_stride, head, offset, VEC, ALIGNED)
             dz = (slope * factor).to(out_ptr.dtype.element_ty)
             tl.store(out_row_ptr + o_vec, dz, mask=m_vec)
     o_edge, m_edge = edges(head, whole, v, VEC)
@@ -194,7 +190,7 @@ def _one_slab(
 ) -> None:
     """Sums (N,) of a slab's products (N, v), and dz into ``out``, the same memory, where given."""
     ids = no_columns(ids)
-    split = Split.of(buffer, False)
+    split = Split.of(buffer, False, step(buffer, kind in ("gumbel", "asymmetric")))
     with on(buffer.device):
         binary_kernel[(buffer.shape[0],)](
             buffer, buffer.stride(0), misalignment(buffer), scale, dense(b), ids,

@@ -17,14 +17,17 @@ from lossops_triton.chunk import (
     column_sums_kernel,
     merge_kernel,
 )
+from lossops_triton.configurations import RICH
 from lossops_triton.launch import (
     aligned,
+    alike,
     dense,
     dense_rows,
     given,
     misalignment,
     on,
     parts_of,
+    warp_size,
 )
 
 BLOCK = 4096  # logits a step of a chunk kernel; 16 a thread of 256
@@ -119,6 +122,17 @@ class Split(NamedTuple):
         return Split(max(1, -(-v // per_part)), per_part, block, vector)
 
 
+def step(r: Tensor, much: bool) -> int:
+    """Logits of a step of a chunk kernel: one vector of 16 bytes a thread where much is done.
+
+    With 16 a thread all statistics at once would take every register there is.
+    """
+    if not much:
+        return BLOCK
+    with on(r.device):
+        return WARPS * warp_size() * (16 // r.element_size())
+
+
 def chunk_statistics(
     logits: Logits,
     target: Tensor | None,
@@ -135,8 +149,9 @@ def chunk_statistics(
     ids = no_columns(target)
     if ids is None and kept.at_target is not None:
         kept.at_target.fill_(-torch.inf)
-    split = Split.of(r, True)
     flags, sums = bits(names), log_sums(names)
+    much = (flags & ~row.LSE.value).bit_count() + len(sums) > RICH
+    split = Split.of(r, True, step(r, much))
     floats, numbers = kept.values, kept.ids
     if split.parts > 1:
         rows = row.STATE_ROWS.value + 2 * len(sums)
@@ -246,7 +261,8 @@ def chunk_gradient(
             dense(at_target), unit, out, out.stride(0), v, first_class, num_classes or v,
             logits.softcap, split.per_part, LOG_SUMS=log_sums(spec.names),
             SOFTCAP=logits.softcap != 0, PARTS=split.parts, BLOCK=split.block, VEC=split.vector,
-            ALIGNED=aligned(r, out), IN_PLACE=packed, num_warps=WARPS,
+            ALIGNED=aligned(r, out), ALIKE=aligned(r, out) or alike(r, out), IN_PLACE=packed,
+            num_warps=WARPS,
         )  # fmt: skip
 
 

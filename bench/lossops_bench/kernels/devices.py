@@ -61,9 +61,7 @@ def occupancy(
     if shared > device.shared_of_block:
         return Occupancy(0, 0.0, f"shared memory {shared} > {device.shared_of_block}")
     if architecture.startswith("gfx"):
-        waves = min(
-            device.warps // SIMDS, AMD_REGISTERS // (8 * math.ceil(max(registers, 1) / 8))
-        )
+        waves = min(device.warps // SIMDS, AMD_REGISTERS // (8 * math.ceil(max(registers, 1) / 8)))
         limits = {"registers": waves * SIMDS // warps}
         if shared:
             limits["shared memory"] = device.shared // shared

@@ -115,8 +115,10 @@ def _spec(names: Sequence[str], n: int) -> Spec:
     def of(output: str) -> Tensor:
         if output == "target":
             return _empty(n, 1)
-        return _ids(n)[:, 0] if output in ("argmax", "runner_up_index", "below_target_index") else (
-            _empty(n)
+        return (
+            _ids(n)[:, 0]
+            if output in ("argmax", "runner_up_index", "below_target_index")
+            else (_empty(n))
         )
 
     listed = outputs(names)
@@ -133,10 +135,13 @@ def _gradient(
     packed: torch.dtype | None = None,
     n: int = N,
     aligned: bool = True,
+    elsewhere: bool = False,
     softcap: float = 0.0,
 ) -> None:
     r = _logits(dtype, n, aligned)
     out = r if packed is None else r.view(packed)[:, :V]
+    if elsewhere:
+        out = torch.empty_like(r)
     unit = _empty(1)[0] if packed == torch.float16 else None
     chunk_gradient(Logits(r, softcap=softcap), _spec(names, n), out, unit=unit)
 
@@ -231,6 +236,7 @@ def _chunk_cases() -> list[Case]:
         writes("bfloat16", 1, **half),
         writes("packed bfloat16", 1, packed=BF16),
         writes("packed float16", 1, packed=torch.float16),
+        writes("elsewhere", 1, elsewhere=True),
         writes("softcap", 3, softcap=30.0),
         writes("every statistic", 6, EVERY),
     ]

@@ -148,9 +148,7 @@ def write_table(name: str, text: str, path: Path = README) -> None:
     """A table into a document, between its markers."""
     before = path.read_text()
     pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table -->)"
-    after, found = re.subn(
-        pattern, lambda m: f"{m[1]}{text}\n{m[2]}", before, flags=re.DOTALL
-    )
+    after, found = re.subn(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", before, flags=re.DOTALL)
     if not found:
         raise ValueError(f"{path} must have the markers <!-- table:{name} --> and <!-- /table -->")
     path.write_text(after)

@@ -1,6 +1,6 @@
 """Kernels of other packages, launched by their own code where they have no device to ask.
 
-    pip install --no-deps cut-cross-entropy==25.1.1 liger-kernel==0.8.5 siglip-kernel==0.1.2
+pip install --no-deps cut-cross-entropy==25.1.1 liger-kernel==0.8.5 siglip-kernel==0.1.2
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-from lossops_bench.kernels.launches import BF16, D, N, V, Case
+from lossops_bench.kernels.launches import BF16, Case, D, N, V
 
 PACKAGES = ("cut_cross_entropy", "liger_kernel", "siglip_kernel")
 PAIRS, FEATURES = 1024, 1024
