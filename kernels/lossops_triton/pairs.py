@@ -17,7 +17,7 @@ from lossops_triton.chunk import edges, full_vectors, no_target, scale_of, vecto
 from lossops_triton.elements import addend, logit_map
 from lossops_triton.launch import aligned, dense, misalignment, on
 from lossops_triton.linear import SLAB_BYTES, can_pack, product, products
-from lossops_triton.statistics import WARPS, Split, no_columns, step
+from lossops_triton.statistics import Split, no_columns, step
 from lossops_triton.targets import add_targets
 
 KINDS = {"sigmoid": 0, "hinge": 1, "gumbel": 2, "asymmetric": 3}
@@ -190,7 +190,8 @@ def _one_slab(
 ) -> None:
     """Sums (N,) of a slab's products (N, v), and dz into ``out``, the same memory, where given."""
     ids = no_columns(ids)
-    split = Split.of(buffer, False, step(buffer, kind in ("gumbel", "asymmetric")))
+    block, warps = step(buffer, kind in ("gumbel", "asymmetric"))
+    split = Split.of(buffer, False, block)
     with on(buffer.device):
         binary_kernel[(buffer.shape[0],)](
             buffer, buffer.stride(0), misalignment(buffer), scale, dense(b), ids,
@@ -198,7 +199,7 @@ def _one_slab(
             0 if out is None else out.stride(0), buffer.shape[1], float(p), float(q),
             KIND=KINDS[kind], DETACHED=detached, BLOCK=split.block, VEC=split.vector,
             ALIGNED=aligned(buffer if out is None else out),
-            IN_PLACE=out is not None and out.dtype != buffer.dtype, num_warps=WARPS,
+            IN_PLACE=out is not None and out.dtype != buffer.dtype, num_warps=warps,
         )  # fmt: skip
 
 

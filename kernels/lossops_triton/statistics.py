@@ -122,15 +122,15 @@ class Split(NamedTuple):
         return Split(max(1, -(-v // per_part)), per_part, block, vector)
 
 
-def step(r: Tensor, much: bool) -> int:
-    """Logits of a step of a chunk kernel: one vector of 16 bytes a thread where much is done.
+def step(r: Tensor, much: bool) -> tuple[int, int]:
+    """Logits of a step of a chunk kernel, and warps.
 
-    With 16 a thread all statistics at once would take every register there is.
+    Where much is done for a logit a thread has one vector of 16 bytes. With 16 logits a thread all statistics at once would take every register there is.
     """
     if not much:
-        return BLOCK
+        return BLOCK, WARPS
     with on(r.device):
-        return WARPS * warp_size() * (16 // r.element_size())
+        return warp_size() * WARPS // 2 * (16 // r.element_size()), WARPS // 2
 
 
 def chunk_statistics(
@@ -151,7 +151,8 @@ def chunk_statistics(
         kept.at_target.fill_(-torch.inf)
     flags, sums = bits(names), log_sums(names)
     much = (flags & ~row.LSE.value).bit_count() + len(sums) > RICH
-    split = Split.of(r, True, step(r, much))
+    block, warps = step(r, much)
+    split = Split.of(r, True, block)
     floats, numbers = kept.values, kept.ids
     if split.parts > 1:
         rows = row.STATE_ROWS.value + 2 * len(sums)
@@ -167,7 +168,7 @@ def chunk_statistics(
             None if kept.at_target is None else kept.at_target, n, v, logits.softcap,
             split.per_part, FLAGS=flags, LOG_SUMS=sums, SOFTCAP=logits.softcap != 0,
             PARTS=split.parts, BLOCK=split.block, VEC=split.vector, ALIGNED=aligned(r),
-            num_warps=WARPS,
+            num_warps=warps,
         )  # fmt: skip
         if split.parts > 1:
             merge_states(floats, numbers, kept, flags, sums)

@@ -31,6 +31,7 @@ N, D, V = 1024, 2048, 32768
 FEW = 2  # rows, so that each is split
 CROSS_ENTROPY = canonical(("target", "lse"))
 EVERY = canonical((*STATISTICS, "lse@2", "lse<0.5"))
+ENTROPY = canonical(("target", "entropy", "max"))
 SEVERAL = canonical(("target", "variance", "runner_up", "lse@2"))
 EVERY_FUSED = tuple(name for name in EVERY if name != "below_target")
 BF16 = torch.bfloat16
@@ -44,6 +45,7 @@ class Case(NamedTuple):
         kernel: its name; others that `run` launches are not this case's.
         run: calls the library's launch code.
         functions: exponentials, logarithms and divisions a logit that the formulas need.
+        merges: the same for a row and step, where the state of the step joins that of the row.
         multiplies: whether its products must be the tensor cores' of the architecture.
         streams: whether its loop must load by 16 bytes.
         elements: constants of the launch whose product is the elements of a step of its main loop.
@@ -53,6 +55,7 @@ class Case(NamedTuple):
     kernel: str
     run: Callable[[], object]
     functions: float = 0.0
+    merges: float = 0.0
     multiplies: bool = False
     streams: bool = False
     elements: tuple[str, ...] = ("BM", "BN", "ROWS", "BLOCK")
@@ -85,7 +88,12 @@ def _ids(n: int, k: int = 1) -> Tensor:
 
 
 def _fused(
-    names: Sequence[str], *, n: int = N, softcap: float = 0.0, dtype: torch.dtype = BF16, d: int = D
+    names: Sequence[str] = CROSS_ENTROPY,
+    *,
+    n: int = N,
+    softcap: float = 0.0,
+    dtype: torch.dtype = BF16,
+    d: int = D,
 ) -> None:
     taught = "teacher" in names
     fused_statistics(
@@ -135,13 +143,10 @@ def _gradient(
     packed: torch.dtype | None = None,
     n: int = N,
     aligned: bool = True,
-    elsewhere: bool = False,
     softcap: float = 0.0,
 ) -> None:
     r = _logits(dtype, n, aligned)
     out = r if packed is None else r.view(packed)[:, :V]
-    if elsewhere:
-        out = torch.empty_like(r)
     unit = _empty(1)[0] if packed == torch.float16 else None
     chunk_gradient(Logits(r, softcap=softcap), _spec(names, n), out, unit=unit)
 
@@ -177,66 +182,53 @@ def _segments() -> None:
 
 
 def _fused_cases() -> list[Case]:
-    kernel, softcap = "fused_statistics_kernel", 2.0
+    def case(name: str, functions: float, merges: float, *names: object, **options: object) -> Case:
+        return Case(
+            f"fused{name}", "fused_statistics_kernel", lambda: _fused(*names, **options), functions,
+            merges, multiplies=True, streams=True,
+        )  # fmt: skip
+
     return [
-        Case("fused", kernel, lambda: _fused(CROSS_ENTROPY), 1, True, True),
-        Case("fused, split", kernel, lambda: _fused(CROSS_ENTROPY, n=FEW), 1, True, True),
-        Case(
-            "fused, float16", kernel, lambda: _fused(CROSS_ENTROPY, dtype=torch.float16), 1, True,
-            True,
-        ),
-        Case("fused, ragged D", kernel, lambda: _fused(CROSS_ENTROPY, d=D + 8), 1, True, True),
-        Case(
-            "fused, softcap", kernel, lambda: _fused(CROSS_ENTROPY, softcap=30.0), 1 + softcap,
-            True, True,
-        ),
-        Case(
-            "fused, entropy", kernel, lambda: _fused(canonical(("target", "entropy", "max"))), 1,
-            True, True,
-        ),
-        Case(
-            "fused, several statistics", kernel, lambda: _fused(SEVERAL, softcap=30.0),
-            2 + softcap, True, True,
-        ),
-        Case("fused, every statistic", kernel, lambda: _fused(EVERY_FUSED), 6, True, True),
-        Case(
-            "fused, every statistic, split", kernel, lambda: _fused(EVERY_FUSED, n=FEW), 6, True,
-            True,
-        ),
-    ]  # fmt: skip
+        case("", 1, 1),
+        case(", split", 1, 1, n=FEW),
+        case(", float16", 1, 1, dtype=torch.float16),
+        case(", ragged D", 1, 1, d=D + 8),
+        case(", softcap", 3, 1, softcap=30.0),
+        case(", entropy", 1, 4, ENTROPY),
+        case(", several statistics", 4, 5, SEVERAL, softcap=30.0),
+        case(", every statistic", 6, 10, EVERY_FUSED),
+        case(", every statistic, split", 6, 10, EVERY_FUSED, n=FEW),
+    ]
 
 
 def _chunk_cases() -> list[Case]:
-    statistics, gradient = "chunk_statistics_kernel", "chunk_gradient_kernel"
-    half = {"dtype": BF16}
-    ragged = {"aligned": False}
-
-    def reads(name: str, functions: float, *names: Sequence[str], **options: object) -> Case:
+    def reads(
+        name: str, functions: float, merges: float, *names: object, **options: object
+    ) -> Case:
         return Case(
-            f"statistics, {name}", statistics, lambda: _statistics(*names, **options), functions,
-            streams=True,
+            f"statistics, {name}", "chunk_statistics_kernel",
+            lambda: _statistics(*names, **options), functions, merges, streams=True,
         )  # fmt: skip
 
-    def writes(name: str, functions: float, *names: Sequence[str], **options: object) -> Case:
+    def writes(name: str, functions: float, *names: object, **options: object) -> Case:
         return Case(
-            f"gradient, {name}", gradient, lambda: _gradient(*names, **options), functions,
-            streams=True,
+            f"gradient, {name}", "chunk_gradient_kernel", lambda: _gradient(*names, **options),
+            functions, streams=True,
         )  # fmt: skip
 
     return [
-        reads("float32", 1),
-        reads("float32, split", 1, n=FEW),
-        reads("float32, misaligned", 1, **ragged),
-        reads("bfloat16", 1, **half),
-        reads("bfloat16, misaligned", 1, **half, **ragged),
-        reads("softcap", 3, softcap=30.0),
-        reads("every statistic", 6, EVERY),
+        reads("float32", 1, 1),
+        reads("float32, split", 1, 1, n=FEW),
+        reads("float32, misaligned", 1, 1, aligned=False),
+        reads("bfloat16", 1, 1, dtype=BF16),
+        reads("bfloat16, misaligned", 1, 1, dtype=BF16, aligned=False),
+        reads("softcap", 3, 1, softcap=30.0),
+        reads("every statistic", 6, 10, EVERY),
         writes("float32", 1),
-        writes("float32, misaligned", 1, **ragged),
-        writes("bfloat16", 1, **half),
+        writes("float32, misaligned", 1, aligned=False),
+        writes("bfloat16", 1, dtype=BF16),
         writes("packed bfloat16", 1, packed=BF16),
         writes("packed float16", 1, packed=torch.float16),
-        writes("elsewhere", 1, elsewhere=True),
         writes("softcap", 3, softcap=30.0),
         writes("every statistic", 6, EVERY),
     ]
@@ -245,27 +237,27 @@ def _chunk_cases() -> list[Case]:
 def _other_cases() -> list[Case]:
     functions = {"sigmoid": 3, "hinge": 0, "gumbel": 8, "asymmetric": 8}
     few = N // 16
-    r = _empty(few, V)
+
+    def binary(kind: str) -> Case:
+        return Case(
+            f"binary, {kind}", "binary_kernel", lambda: _binary(kind), functions[kind], streams=True
+        )
+
+    def columns() -> None:
+        column_sums(Logits(_empty(few, V)), _spec(CROSS_ENTROPY, few), _empty(V), False)
+
     return [
-        Case("merge of parts", "merge_kernel", lambda: _fused(CROSS_ENTROPY, n=FEW), 1),
-        Case(
-            "merge of parts, every statistic", "merge_kernel", lambda: _fused(EVERY_FUSED, n=FEW), 3
-        ),
-        Case("target logits", "target_logits_kernel", lambda: _fused(CROSS_ENTROPY)),
+        # of a row: four parts, and the logarithm
+        Case("merge of parts", "merge_kernel", lambda: _fused(n=FEW), 5),
+        Case("merge, every statistic", "merge_kernel", lambda: _fused(EVERY_FUSED, n=FEW), 10),
+        Case("target logits", "target_logits_kernel", _fused),
         Case("segment add", "segment_add_kernel", _segments),
-        Case(
-            "column sums", "column_sums_kernel",
-            lambda: column_sums(Logits(r), _spec(CROSS_ENTROPY, few), _empty(V), False), 1,
-        ),
-        *(
-            Case(f"binary, {kind}", "binary_kernel", lambda kind=kind: _binary(kind),
-                 functions[kind], streams=True)
-            for kind in KINDS
-        ),
+        Case("column sums", "column_sums_kernel", columns, 1),
+        *map(binary, KINDS),
         Case("far sums", "far_sums_kernel", _far),
         Case("near products, dx", "near_dx_kernel", _near),
         Case("near products, dw", "near_dw_kernel", _near),
-    ]  # fmt: skip
+    ]
 
 
 def cases() -> dict[str, Case]:

@@ -23,21 +23,17 @@ def missing() -> list[str]:
 def rivals() -> dict[str, Case]:
     """Their cases by name; each imports its package when it runs, under a pretended device."""
     tile = ("BLOCK_B", "BLOCK_V")
-    pair = ("BLOCK_I", "BLOCK_J")
+    pair, block = ("BLOCK_I", "BLOCK_J"), ("BLOCK_M", "BLOCK_N")
     listed = [
-        Case("cce forward", "_cce_lse_forward_kernel", _cce_forward, 1, True, elements=tile),
-        Case("cce forward, softcap", "_cce_lse_forward_kernel", _cce_softcap, 3, True,
-             elements=tile),
-        Case("cce backward", "_cce_backward_kernel", _cce_backward, 1, True, elements=tile),
-        Case("liger cross-entropy", "liger_cross_entropy_kernel", _liger, 2,
-             elements=("BLOCK_SIZE",)),
-        Case("siglip rows", "_sigmoid_bce_fwd_kernel", _siglip_rows, 3, elements=("BLOCK_SIZE",)),
-        Case("siglip epilogue", "_gemm_bce_kernel", _siglip_epilogue, 4, True,
-             elements=("BLOCK_M", "BLOCK_N")),
-        Case("siglip fused", "_fused_siglip_kernel", _siglip_fused, 3, True, elements=pair),
-        Case("siglip persistent", "_hopper_fused_siglip_kernel", _siglip_persistent, 3, True,
-             elements=pair),
-    ]  # fmt: skip
+        Case("cce forward", "_cce_lse_forward_kernel", _cce_forward, elements=tile),
+        Case("cce forward, softcap", "_cce_lse_forward_kernel", _cce_softcap, elements=tile),
+        Case("cce backward", "_cce_backward_kernel", _cce_backward, elements=tile),
+        Case("liger cross-entropy", "liger_cross_entropy_kernel", _liger, elements=("BLOCK_SIZE",)),
+        Case("siglip rows", "_sigmoid_bce_fwd_kernel", _siglip_rows, elements=("BLOCK_SIZE",)),
+        Case("siglip epilogue", "_gemm_bce_kernel", _siglip_epilogue, elements=block),
+        Case("siglip fused", "_fused_siglip_kernel", _siglip_fused, elements=pair),
+        Case("siglip persistent", "_hopper_fused_siglip_kernel", _siglip_persistent, elements=pair),
+    ]
     return {case.name: case for case in listed}
 
 
