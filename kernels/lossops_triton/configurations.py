@@ -1,4 +1,7 @@
-"""Tiles of the fused kernel by architecture. Derived, not timed: see kernels/README.md."""
+"""Tiles of the fused kernel by architecture. Derived, not timed: see kernels/README.md.
+
+A row that was timed says so, with the GPU and the date.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Tile(NamedTuple):
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-# <tiles> written by `lossops-bench tune`
+# Rows of the three tables are rewritten by `lossops-bench tune` on a GPU of theirs.
 TILES: dict[str, Tile] = {
     "sm_80": Tile(128, 64, 64, 8, 3, registers=128),
     "sm_86": Tile(128, 64, 64, 8, 3, registers=128),
@@ -49,7 +52,6 @@ TILES: dict[str, Tile] = {
     "gfx942": Tile(128, 128, 32, 8, 2),
     "gfx950": Tile(128, 128, 32, 8, 2),
 }
-# </tiles>
 # Softcap or entropy: more registers than the log-sum takes.
 RICH_TILES: dict[str, Tile] = {
     "sm_80": Tile(128, 64, 32, 8, 4, registers=128),

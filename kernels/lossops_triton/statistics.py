@@ -125,7 +125,8 @@ class Split(NamedTuple):
 def step(r: Tensor, much: bool) -> tuple[int, int]:
     """Logits of a step of a chunk kernel, and warps.
 
-    Where much is done for a logit a thread has one vector of 16 bytes. With 16 logits a thread all statistics at once would take every register there is.
+    Where much is done for a logit a thread has one vector of 16 bytes; with 16 logits all
+    statistics at once would take every register there is.
     """
     if not much:
         return BLOCK, WARPS

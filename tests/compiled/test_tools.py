@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is an optional dependency")
+pytest.importorskip("triton", reason="Triton is an optional dependency")
 
 import torch
+import triton
 import triton.language as tl
 
 from lossops_bench.kernels.devices import occupancy
 from lossops_bench.kernels.facts import facts_of
-from lossops_bench.kernels.launches import Case, _spec, compiled
+from lossops_bench.kernels.launches import Case, compiled, gradient_spec
 from lossops_bench.kernels.listing import of_gcn, of_sass, sass
 from lossops_bench.kernels.offline import pretending
 from lossops_bench.kernels.report import Row, budget_of, regressions, table
-from lossops_triton.launch import architecture
+from lossops_triton.launch import architecture, float32_precision
 from lossops_triton.statistics import Logits, chunk_gradient
 
 
@@ -42,12 +43,34 @@ def test_occupancy(device, warps, registers, shared, columns, blocks, limit):
 
 
 @triton.jit
+def dot_kernel(x_ptr, PRECISION: tl.constexpr):
+    o = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + o)
+    tl.store(x_ptr + o, tl.dot(x, x, input_precision=PRECISION))
+
+
+@pytest.mark.parametrize(("device", "products"), [("sm_90", 0), ("sm_100", 3)])
+def test_float32_products_keep_their_digits(device, products):
+    """No products of tensor cores, or thrice as many as in TF32."""
+
+    def count(precision: str) -> int:
+        def launch() -> None:
+            dot_kernel[(1,)](torch.empty(64, 64), PRECISION=precision)
+
+        return sum(compiled(Case("dot", "dot_kernel", launch), device)[1].matrix.values())
+
+    with pretending(device):
+        precision = float32_precision()
+    assert count(precision) == products * count("tf32")
+
+
+@triton.jit
 def many_values_kernel(x_ptr, N: tl.constexpr, ROUNDS: tl.constexpr):
     """Every value lives until the end, in another order."""
     o = tl.arange(0, N)
     kept = ()
     for k in tl.static_range(ROUNDS):
-        kept = kept + (tl.load(x_ptr + k * N + o),)
+        kept += (tl.load(x_ptr + k * N + o),)
     tl.debug_barrier()
     for k in tl.static_range(ROUNDS):
         tl.store(x_ptr + k * N + o, kept[ROUNDS - 1 - k])
@@ -126,7 +149,7 @@ def test_rows_elsewhere_are_not_written_by_vectors():
 
     def wide_stores(out: torch.Tensor) -> int:
         def launch() -> None:
-            chunk_gradient(Logits(r), _spec(("target", "lse"), r.shape[0]), out)
+            chunk_gradient(Logits(r), gradient_spec(("target", "lse"), r.shape[0]), out)
 
         kernel = compiled(Case("gradient", "chunk_gradient_kernel", launch), "sm_90")[0].kernel
         return of_sass(sass(kernel.asm["cubin"])[0]).count(r"STG\..*128")

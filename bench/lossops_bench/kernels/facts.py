@@ -10,7 +10,7 @@ from typing import Any
 from triton.compiler import CompiledKernel
 
 from lossops_bench.kernels.devices import occupancy
-from lossops_bench.kernels.listing import Listing, of_gcn, of_sass, sass
+from lossops_bench.kernels.listing import Listing, Loop, of_gcn, of_sass, sass
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Facts:
         tensor_columns: of tensor memory (sm_100).
         blocks, occupancy, limit: programs a multiprocessor, share of its warps, what stops more.
         matrix: matrix instructions by kind.
+        main: instructions of the longest loop, over tiles or blocks of a row.
         inner: instructions of the innermost loop that multiplies, and how many of these multiply.
         functions: exponentials, logarithms and reciprocals (MUFU) of a thread in the main loop, or
-            anywhere where that has none.
+            anywhere where most of them are elsewhere.
         loads, wide_loads: from global memory in the main loop, and those of 16 bytes or by copy
             engine.
         atomics: on global memory, anywhere.
@@ -48,6 +49,7 @@ class Facts:
     occupancy: float
     limit: str
     matrix: dict[str, int]
+    main: int
     inner: tuple[int, int] | None
     functions: int
     loads: int
@@ -104,13 +106,20 @@ def facts_of(kernel: CompiledKernel, architecture: str) -> Facts:
         occupancy=fit.share,
         limit=fit.limit,
         matrix=dict(Counter(listing.opcodes(kinds["matrix"]))),
+        main=0 if main is None else main.last - main.first + 1,
         inner=inner and (inner.last - inner.first + 1, listing.count(kinds["matrix"], inner)),
-        functions=listing.count(kinds["functions"], main) or listing.count(kinds["functions"]),
+        functions=_most(listing, kinds["functions"], main),
         loads=listing.count(kinds["loads"], main),
         wide_loads=listing.count(kinds["wide"], main),
         atomics=listing.count(kinds["atomics"]),
         instructions=len(listing.instructions),
     )
+
+
+def _most(listing: Listing, pattern: str, loop: Loop | None) -> int:
+    """Instructions of a loop that has most of them, or of the kernel."""
+    within, everywhere = listing.count(pattern, loop), listing.count(pattern)
+    return within if 2 * within >= everywhere else everywhere
 
 
 def stack_bytes(listing: Listing) -> int:

@@ -119,7 +119,9 @@ def _statistics(
     chunk_statistics(Logits(r, softcap=softcap), _ids(n), _empty(V), teacher, names)
 
 
-def _spec(names: Sequence[str], n: int) -> Spec:
+def gradient_spec(names: Sequence[str], n: int) -> Spec:
+    """What a gradient of all of the statistics is made of, for n rows."""
+
     def of(output: str) -> Tensor:
         if output == "target":
             return _empty(n, 1)
@@ -148,7 +150,7 @@ def _gradient(
     r = _logits(dtype, n, aligned)
     out = r if packed is None else r.view(packed)[:, :V]
     unit = _empty(1)[0] if packed == torch.float16 else None
-    chunk_gradient(Logits(r, softcap=softcap), _spec(names, n), out, unit=unit)
+    chunk_gradient(Logits(r, softcap=softcap), gradient_spec(names, n), out, unit=unit)
 
 
 def _binary(kind: str) -> None:
@@ -244,7 +246,7 @@ def _other_cases() -> list[Case]:
         )
 
     def columns() -> None:
-        column_sums(Logits(_empty(few, V)), _spec(CROSS_ENTROPY, few), _empty(V), False)
+        column_sums(Logits(_empty(few, V)), gradient_spec(CROSS_ENTROPY, few), _empty(V), False)
 
     return [
         # of a row: four parts, and the logarithm

@@ -110,5 +110,6 @@ def _torch_agrees(architecture: str) -> Iterator[None]:
         "get_device_name": lambda device=None: architecture,
         "current_device": lambda: 0,
     }
-    with mock.patch.multiple(torch.cuda, **answers):
+    hip = None if nvidia else "6.4"
+    with mock.patch.multiple(torch.cuda, **answers), mock.patch.object(torch.version, "hip", hip):
         yield

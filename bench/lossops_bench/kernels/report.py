@@ -31,10 +31,16 @@ class Row(NamedTuple):
 
 
 class Compilers(ProcessPoolExecutor):
-    """Processes that compile cases, each with its own pretended device."""
+    """Processes that compile cases, each with its own pretended device.
 
-    def __init__(self, processes: int = PROCESSES) -> None:
-        super().__init__(processes, multiprocessing.get_context("spawn"))
+    Args:
+        fresh: whether each case has a process of its own, as packages need that keep what they
+            once found out about the device.
+    """
+
+    def __init__(self, fresh: bool = False) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        super().__init__(PROCESSES, spawn, max_tasks_per_child=1 if fresh else None)
 
     def start(self, case: str, architecture: str) -> Future[Row]:
         """Compile a case by its name."""
@@ -61,9 +67,11 @@ def _by_name(name: str) -> Case:
     return known[name]
 
 
-def rows_of(names: Iterable[str], architectures: Sequence[str]) -> Iterator[Row]:
+def rows_of(
+    names: Iterable[str], architectures: Sequence[str], fresh: bool = False
+) -> Iterator[Row]:
     """All cases on all architectures, in that order."""
-    with Compilers() as compilers:
+    with Compilers(fresh) as compilers:
         pairs = [(name, one) for name in names for one in architectures]
         for future in [compilers.start(*pair) for pair in pairs]:
             yield future.result()
