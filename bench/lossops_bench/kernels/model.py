@@ -12,9 +12,12 @@ FEATURES = 2048
 
 
 class Rates(NamedTuple):
-    """A multiprocessor in a cycle: half-precision operations with float32 sums, MUFU results, issue.
+    """A multiprocessor in a cycle.
 
-    Instructions of a warp: four schedulers; on AMD each takes its SIMD of 16 lanes four cycles.
+    Attributes:
+        operations: of half-precision products with float32 sums.
+        functions: exponentials and the like.
+        instructions: of a warp; four schedulers, of AMD's each holds its 16 lanes for four cycles.
     """
 
     operations: int

@@ -51,7 +51,7 @@ WORKLOADS = (
 
 
 def candidates(current: Tile) -> list[Tile]:
-    """The row itself, then its neighbours: sizes, depths, warps; on NVIDIA a bound on registers."""
+    """The row itself, then others: sizes, depths, warps, with and without a bound on registers."""
     listed = [current]
     for bm, bn in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32)):
         for bk, stages in ((64, 3), (64, 4), (32, 4), (32, 2), (64, 2)):
@@ -62,6 +62,12 @@ def candidates(current: Tile) -> list[Tile]:
     if current.registers is not None or current.descriptors:
         listed += [one._replace(registers=None) for one in listed]
     return list(dict.fromkeys(listed))
+
+
+def variants(tile: Tile) -> list[Tile]:
+    """The tile itself, then other divisions of the classes, and its two loops as one."""
+    listed = [tile, *(tile._replace(blocks=blocks) for blocks in (1, 2, 3, 4))]
+    return list(dict.fromkeys([*listed, tile._replace(flatten=not tile.flatten)]))
 
 
 def fastest(tiles: Sequence[Tile], timer: Timer) -> tuple[Tile, float]:
@@ -142,7 +148,9 @@ def tune(
     """The source with the fastest tiles of an architecture in all tables."""
     for workload in workloads:
         current = workload.tiles.get(key, workload.tiles["sm_80"])
-        best, seconds = fastest(candidates(current), timer(workload))
+        seconds_of = timer(workload)
+        best, _ = fastest(candidates(current), seconds_of)
+        best, seconds = fastest(variants(best), seconds_of)
         typer.echo(f"{workload.table}: {written(best)}, {seconds * 1e3:.3f} ms")
         if best != current or key not in workload.tiles:
             source = rewritten(source, workload.table, key, best, note)
