@@ -13,17 +13,21 @@ unexport PYTHONPATH  # another checkout must not be tested in the place of this 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 built := .venv/built-$(LOSSOPS_BUILD)
 
-.PHONY: help demo test lint format build clean
+.PHONY: help demo test test-compiled lint format build clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; ARGS="..." for options
 	lossops-bench demo $(ARGS)
 
 test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
 	pytest $(ARGS)
+	$(MAKE) test-compiled
+
+test-compiled: $(built)  ## Compile the GPU kernels for every architecture, within their budgets
+	pytest tests/compiled
 
 lint: .venv/dependencies  ## Check style, format and types
 	ruff check

@@ -285,3 +285,68 @@ def test_bad_arguments_end_with_a_sentence(arguments: list[str]):
     result = CliRunner().invoke(build_app(), arguments)
     assert result.exit_code == 2
     assert "got" in result.output or "has no rival" in result.output
+
+
+class TestTune:
+    """Tiles of the fused kernel: what is chosen, and how the tables are rewritten."""
+
+    @pytest.fixture(autouse=True)
+    def _triton(self):
+        pytest.importorskip("triton", reason="Triton is an optional dependency")
+
+    def test_the_fastest_wins_by_more_than_noise(self):
+        from lossops_bench.kernels.tune import fastest
+        from lossops_triton.configurations import Tile
+
+        now, other, broken = (
+            Tile(128, 64, 64, 8, 3),
+            Tile(64, 64, 64, 4, 3),
+            Tile(256, 256, 64, 8, 4),
+        )
+        times = {now: 1.0, other: 0.9, broken: float("inf")}
+        assert fastest([now, other, broken], times.__getitem__) == (other, 0.9)
+        times[other] = 0.99
+        assert fastest([now, other, broken], times.__getitem__) == (now, 1.0)
+
+    def test_candidates_begin_with_the_row_itself_and_differ(self):
+        from lossops_bench.kernels.tune import candidates, variants
+        from lossops_triton.configurations import TILES
+
+        for tile in TILES.values():
+            for listed, least in ((candidates(tile), 10), (variants(tile), 5)):
+                assert listed[0] == tile
+                assert len(set(listed)) == len(listed) >= least
+
+    def test_tables_are_rewritten_row_by_row(self, capsys):
+        from lossops_bench.kernels.tune import WORKLOADS, tune
+        from lossops_triton import configurations
+        from lossops_triton.configurations import Tile
+
+        source = Path(configurations.__file__).read_text()
+        wanted = configurations.TILES["sm_90"]._replace(bm=64, bn=128, stages=4)
+
+        def timer(workload):
+            return lambda tile: 1.0 if tile == wanted else 2.0
+
+        def tables(text: str) -> dict[str, dict[str, Tile]]:
+            scope: dict[str, dict[str, Tile]] = {}
+            exec(text, scope)
+            return {one.table: scope[one.table] for one in WORKLOADS}
+
+        before = tables(source)
+        tuned = tune("sm_90", "timed on a fake, 2026-01-01", source, timer, WORKLOADS[:1])
+        after = tables(tuned)
+        assert after["TILES"].pop("sm_90") == wanted
+        before["TILES"].pop("sm_90")
+        assert after == before
+        assert "timed on a fake, 2026-01-01" in tuned
+        again = tune("sm_90", "timed on a fake, 2026-01-02", tuned, timer, WORKLOADS[:1])
+        assert again.count("timed on a fake") == 1
+        unknown = tune("sm_103", "timed on a fake, 2026-01-01", source, timer)
+        assert all("sm_103" in rows for rows in tables(unknown).values())
+
+    def test_without_a_gpu_it_says_so(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        result = CliRunner().invoke(build_app(), ["tune"])
+        assert result.exit_code == 1
+        assert "GPU" in result.output

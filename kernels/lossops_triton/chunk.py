@@ -60,6 +60,19 @@ def full_vectors(row_ptr, offset, v, VEC: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def vectors_from(ptr, o_row, head, offset, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """The first vector of the row at ``o_row`` of a matrix, so that the compiler sees its boundary.
+
+    Counted from the boundary before the matrix: what is known of a pointer itself AMD's compiler
+    forgets.
+    """
+    if ALIGNED:
+        return ptr + (o_row + head)
+    o_vector = tl.multiple_of(offset + o_row + head, VEC)
+    return tl.multiple_of(ptr - offset, 16) + o_vector
+
+
+@triton.jit
 def chunk_statistics_kernel(
     z_ptr,
     z_stride,
@@ -112,9 +125,7 @@ def chunk_statistics_kernel(
     count = tl.zeros([1], tl.float32)
     first = part * per_part
     last = tl.minimum(first + per_part, whole)
-    body_ptr = row_ptr + head
-    if not ALIGNED:
-        body_ptr = tl.multiple_of(body_ptr, 16)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
     for start in range(first, last, BLOCK):
         o_vec = start + tl.arange(0, BLOCK)
         m_vec = o_vec < last
@@ -252,6 +263,7 @@ def chunk_gradient_kernel(
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIKE: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
     """dr of the classes first_class + [0, v) from z (N, v), into out (N, v); 0 at the targets.
@@ -260,6 +272,7 @@ def chunk_gradient_kernel(
     (N,) or None; coefs: lse, mean, variance, softplus, stable_sum, average, moment, weighted_sum,
     teacher, max, runner_up, below_target, likewise; log_stats, log_coefs: of LOG_SUMS.
     ``at_target`` (N, K): dz at the targets instead of 0. ``unit`` (): what dr is multiplied by.
+    ALIKE: whether the rows of out begin where those of z do within 16 bytes.
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -270,10 +283,10 @@ def chunk_gradient_kernel(
     head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
     first = part * per_part
     last = tl.minimum(first + per_part, whole)
-    body_ptr, out_body_ptr = row_ptr + head, out_row_ptr + head
-    if not ALIGNED:
-        body_ptr = tl.multiple_of(body_ptr, 16)
-        out_body_ptr = tl.multiple_of(out_body_ptr, 16)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
+    out_body_ptr = out_row_ptr + head
+    if ALIKE:
+        out_body_ptr = vectors_from(out_ptr, row * out_stride, head, offset, VEC, ALIGNED)
     for start in range(first, last, BLOCK):
         o_vec = start + tl.arange(0, BLOCK)
         m_vec = o_vec < last

@@ -25,7 +25,7 @@ from torch import Tensor
 from lossops_triton import row
 from lossops_triton.configurations import Tile, tile_of
 from lossops_triton.elements import logit_map
-from lossops_triton.launch import dense, dense_rows, multiprocessors, on
+from lossops_triton.launch import aligned, dense, dense_rows, multiprocessors, on
 from lossops_triton.row import (
     STATE_ROWS,
     TEACHER,
@@ -69,10 +69,16 @@ def fused_statistics_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     WHOLE_D: tl.constexpr,
+    UNIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """x (N, D), w (V, D), as pointers or descriptors of (BM, BK) and (BN, BK)."""
+    """x (N, D), w (V, D), as pointers or descriptors of (BM, BK) and (BN, BK).
+
+    ``x_stride``, ``w_stride`` and ``d`` count ``UNIT`` elements: 16 bytes where all are multiples,
+    which the compiler then sees and loads by.
+    """
+    x_stride, w_stride, d = x_stride * UNIT, w_stride * UNIT, d * UNIT
     first_row = tl.program_id(0) * BM
     part = tl.program_id(1)
     o_row = first_row.to(tl.int64) + tl.arange(0, BM)
@@ -206,11 +212,12 @@ def fused_statistics(
     ids, b = no_columns(target), dense(b)
     flags, sums = bits(names), log_sums(names)
     with on(x.device):
-        tile = tile_of(x, w, softcap != 0 or bool(sums) or flags > row.LSE.value)
+        tile = tile_of(x, w, (softcap != 0) + len(sums) + (flags & ~row.LSE.value).bit_count())
     blocks, tiles = triton.cdiv(n, tile.bm), triton.cdiv(v, tile.bn)
     parts = max(1, min(tiles, tile.blocks * multiprocessors(x.device) // blocks))
     per_part = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, per_part)
+    unit = 8 if d % 8 == 0 and aligned(x, w) else 1
     floats, numbers = kept.values, kept.ids
     if parts > 1:
         rows = STATE_ROWS.value + 2 * len(sums)
@@ -227,13 +234,12 @@ def fused_statistics(
                 num_warps=4,
             )  # fmt: skip
         fused_statistics_kernel[(blocks, parts)](
-            *_operands(x, w, tile), x.stride(0), w.stride(0), scale, b, ids,
+            *_operands(x, w, tile), x.stride(0) // unit, w.stride(0) // unit, scale, b, ids,
             0 if ids is None else ids.shape[1], dense(class_vector), taught,
-            0 if taught is None else taught.stride(0), floats, numbers, n, v, d, softcap, per_part,
-            FLAGS=flags, LOG_SUMS=sums, SOFTCAP=softcap != 0, PARTS=parts, BM=tile.bm, BN=tile.bn,
-            BK=tile.bk, WHOLE_D=d % tile.bk == 0, DESCRIPTORS=tile.descriptors,
-            FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
-            maxnreg=tile.registers,
+            0 if taught is None else taught.stride(0), floats, numbers, n, v, d // unit, softcap,
+            per_part, FLAGS=flags, LOG_SUMS=sums, SOFTCAP=softcap != 0, PARTS=parts, BM=tile.bm,
+            BN=tile.bn, BK=tile.bk, WHOLE_D=d % tile.bk == 0, UNIT=unit,
+            DESCRIPTORS=tile.descriptors, FLATTEN=tile.flatten, **tile.launch(),
         )  # fmt: skip
         if parts > 1:
             merge_states(floats, numbers, kept, flags, sums)

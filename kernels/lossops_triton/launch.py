@@ -38,6 +38,20 @@ def architecture() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
+def warp_size() -> int:
+    """Threads of a warp of the current device."""
+    return 64 if architecture().startswith("gfx9") else 32
+
+
+def float32_precision() -> str:
+    """What ``tl.dot`` must be told for products that are float32 as they are.
+
+    On sm_100 Triton 3.7.1 makes TF32 of "ieee" without a word (tcgen05.mma kind::tf32); three TF32
+    products keep 22 bits. AMD's compiler knows only "ieee", and keeps it.
+    """
+    return "tf32x3" if architecture().startswith("sm_10") else "ieee"
+
+
 def dense_rows(t: Tensor) -> Tensor:
     """A matrix whose rows are dense: t itself, or a copy."""
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
@@ -53,6 +67,16 @@ def aligned(*tensors: Tensor) -> bool:
     return all(
         t.data_ptr() % 16 == 0 and (t.stride(0) * t.element_size() % 16 == 0 or t.shape[0] <= 1)
         for t in tensors
+    )
+
+
+def alike(t: Tensor, u: Tensor) -> bool:
+    """Whether every row of one matrix begins as far from a multiple of 16 bytes as the other's."""
+    size = t.element_size()
+    return (
+        size == u.element_size()
+        and (t.data_ptr() - u.data_ptr()) % 16 == 0
+        and ((t.stride(0) - u.stride(0)) * size % 16 == 0 or t.shape[0] <= 1)
     )
 
 

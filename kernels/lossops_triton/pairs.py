@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lossops.reference_pairs import target_logits
-from lossops_triton.chunk import edges, full_vectors, no_target, scale_of
+from lossops_triton.chunk import edges, full_vectors, no_target, scale_of, vectors_from
 from lossops_triton.elements import addend, finite, logit_map
 from lossops_triton.launch import aligned, dense, given, misalignment, on
 from lossops_triton.linear import Sweep, can_pack, inside, slabs
@@ -30,6 +30,7 @@ from lossops_triton.statistics import (
     Split,
     chunk_statistics,
     no_columns,
+    step,
 )
 
 KINDS = {"sigmoid": 0, "hinge": 1, "gumbel": 2, "asymmetric": 3}
@@ -69,9 +70,7 @@ def binary_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr + row)
     head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
-    body_ptr = row_ptr + head
-    if not ALIGNED:
-        body_ptr = tl.multiple_of(body_ptr, 16)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, whole, BLOCK):
         o_vec = start + tl.arange(0, BLOCK)
@@ -85,9 +84,7 @@ def binary_kernel(
         if out_ptr is not None:
             if IN_PLACE:
                 tl.debug_barrier()  # all of the tile is read before any of it is overwritten
-            out_row_ptr = out_ptr + row * out_stride + head
-            if not ALIGNED:
-                out_row_ptr = tl.multiple_of(out_row_ptr, 16)
+            out_row_ptr = vectors_from(out_ptr, row * out_stride, head, offset, VEC, ALIGNED)
             dz = (slope * factor).to(out_ptr.dtype.element_ty)
             tl.store(out_row_ptr + o_vec, dz, mask=m_vec)
     o_edge, m_edge = edges(head, whole, v, VEC)
@@ -183,7 +180,8 @@ def _one_slab(
 ) -> None:
     """Sums (N,) of a slab's products (N, v), and dz into ``out``, the same memory, where given."""
     ids = no_columns(ids)
-    split = Split.of(buffer, False)
+    block, warps = step(buffer, kind in ("gumbel", "asymmetric"))
+    split = Split.of(buffer, False, block)
     with on(buffer.device):
         binary_kernel[(buffer.shape[0],)](
             buffer, buffer.stride(0), misalignment(buffer), scale, dense(b), ids,
@@ -191,7 +189,7 @@ def _one_slab(
             0 if out is None else out.stride(0), buffer.shape[1], float(p), float(q),
             KIND=KINDS[kind], DETACHED=detached, BLOCK=split.block, VEC=split.vector,
             ALIGNED=aligned(buffer if out is None else out),
-            IN_PLACE=out is not None and out.dtype != buffer.dtype, num_warps=WARPS,
+            IN_PLACE=out is not None and out.dtype != buffer.dtype, num_warps=warps,
         )  # fmt: skip
 
 
@@ -260,10 +258,8 @@ def pair_gradient_kernel(
     row_ptr, out_row_ptr = z_ptr + row * z_stride, out_ptr + row * out_stride
     scale = scale_of(scale_ptr)
     head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
-    body_ptr, out_body_ptr = row_ptr + head, out_row_ptr + head
-    if not ALIGNED:
-        body_ptr = tl.multiple_of(body_ptr, 16)
-        out_body_ptr = tl.multiple_of(out_body_ptr, 16)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
+    out_body_ptr = vectors_from(out_ptr, row * out_stride, head, offset, VEC, ALIGNED)
     for start in range(0, whole, BLOCK):
         o_vec = start + tl.arange(0, BLOCK)
         m_vec = o_vec < whole

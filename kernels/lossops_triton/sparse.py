@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossops_triton.launch import dense_rows, on
+from lossops_triton.launch import dense_rows, float32_precision, on
 
-CLASSES = 64  # of a tile
-FEATURES = 64
+CLASSES = 64  # of a step of far sums
+# Of steps and tiles of near products: two programs a multiprocessor, no spills.
+NEAR_CLASSES = 32
+DX_FEATURES, DW_FEATURES = 32, 64
 
 
 @triton.jit
@@ -91,6 +93,7 @@ def near_dx_kernel(
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
     FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Grid (B, D tiles). dx (N, D) += near M · w of the block's ids; mass (B,) = Σ near |M|.
 
@@ -118,7 +121,7 @@ def near_dx_kernel(
             w_ptr + ids[:, None] * w_stride + o_feature[None, :],
             mask=m_id[:, None] & m_feature[None, :], other=0.0,
         )  # fmt: skip
-        total = tl.dot(a, b_w.to(tl.float32), total, input_precision="ieee")
+        total = tl.dot(a, b_w.to(tl.float32), total, input_precision=PRECISION)
         mass += tl.sum(tl.abs(a), 1)
     if dx_ptr is not None:
         dx_ptrs = dx_ptr + o_row[:, None] * dx_stride + o_feature[None, :]
@@ -149,6 +152,7 @@ def near_dw_kernel(
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
     FEATURES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Grid (id tiles, D tiles). dw (V, D) and db (V,) += near Mᵀ · x, of ``count`` ids."""
     o_id = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
@@ -173,7 +177,7 @@ def near_dw_kernel(
                 x_ptr + o_row[:, None] * x_stride + o_feature[None, :],
                 mask=m_row[:, None] & m_feature[None, :], other=0.0,
             )  # fmt: skip
-            total = tl.dot(a, b_x.to(tl.float32), total, input_precision="ieee")
+            total = tl.dot(a, b_x.to(tl.float32), total, input_precision=PRECISION)
             column += tl.sum(a, 1)
     if dw_ptr is not None:
         dw_ptrs = dw_ptr + ids[:, None] * dw_stride + o_feature[None, :]
@@ -225,20 +229,21 @@ def near_products(
         return 0.0
     ends = near.sum(1).cumsum(0)
     mass = m.new_empty(near.shape[0])
-    sizes = {"ROWS": _rows(block), "CLASSES": CLASSES, "FEATURES": FEATURES, "num_warps": 8}
-    tiles = 1 if dx is None else triton.cdiv(d, FEATURES)
+    sizes = {"ROWS": _rows(block), "CLASSES": NEAR_CLASSES, "num_warps": 8}
+    tiles = 1 if dx is None else triton.cdiv(d, DX_FEATURES)
     with on(m.device):
+        sizes["PRECISION"] = float32_precision()
         near_dx_kernel[(near.shape[0], tiles)](
             m, m.stride(0), factor, ids, ends, w, w.stride(0), dx,
-            0 if dx is None else dx.stride(0), mass, n, d, block, **sizes,
+            0 if dx is None else dx.stride(0), mass, n, d, block, FEATURES=DX_FEATURES, **sizes,
         )  # fmt: skip
         if dw is not None or db is not None:
             union = near.any(0).nonzero().squeeze(1)
-            tiles = 1 if dw is None else triton.cdiv(d, FEATURES)
-            near_dw_kernel[(triton.cdiv(union.shape[0], CLASSES), tiles)](
+            tiles = 1 if dw is None else triton.cdiv(d, DW_FEATURES)
+            near_dw_kernel[(triton.cdiv(union.shape[0], NEAR_CLASSES), tiles)](
                 m, m.stride(0), factor, flags, union, xs, xs.stride(0), dw,
                 0 if dw is None else dw.stride(0), db, n, v, d, union.shape[0], near.shape[0],
-                block, **sizes,
+                block, FEATURES=DW_FEATURES, **sizes,
             )  # fmt: skip
     return float(mass.sum())
 

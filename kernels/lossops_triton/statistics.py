@@ -17,14 +17,17 @@ from lossops_triton.chunk import (
     column_sums_kernel,
     merge_kernel,
 )
+from lossops_triton.configurations import RICH
 from lossops_triton.launch import (
     aligned,
+    alike,
     dense,
     dense_rows,
     given,
     misalignment,
     on,
     parts_of,
+    warp_size,
 )
 
 BLOCK = 4096  # logits a step of a chunk kernel; 16 a thread of 256
@@ -120,6 +123,18 @@ class Split(NamedTuple):
         return Split(max(1, -(-v // per_part)), per_part, block, vector)
 
 
+def step(r: Tensor, much: bool) -> tuple[int, int]:
+    """Logits of a step of a chunk kernel, and warps.
+
+    Where much is done for a logit a thread has one vector of 16 bytes; with 16 logits all
+    statistics at once would take every register there is.
+    """
+    if not much:
+        return BLOCK, WARPS
+    with on(r.device):
+        return warp_size() * WARPS // 2 * (16 // r.element_size()), WARPS // 2
+
+
 def chunk_statistics(
     logits: Logits,
     target: Tensor | None,
@@ -136,8 +151,10 @@ def chunk_statistics(
     ids = no_columns(target)
     if ids is None and kept.at_target is not None:
         kept.at_target.fill_(-torch.inf)
-    split = Split.of(r, True)
     flags, sums = bits(names), log_sums(names)
+    much = (flags & ~row.LSE.value).bit_count() + len(sums) > RICH
+    block, warps = step(r, much)
+    split = Split.of(r, True, block)
     floats, numbers = kept.values, kept.ids
     if split.parts > 1:
         rows = row.STATE_ROWS.value + 2 * len(sums)
@@ -153,7 +170,7 @@ def chunk_statistics(
             None if kept.at_target is None else kept.at_target, n, v, logits.softcap,
             split.per_part, FLAGS=flags, LOG_SUMS=sums, SOFTCAP=logits.softcap != 0,
             PARTS=split.parts, BLOCK=split.block, VEC=split.vector, ALIGNED=aligned(r),
-            num_warps=WARPS,
+            num_warps=warps,
         )  # fmt: skip
         if split.parts > 1:
             merge_states(floats, numbers, kept, flags, sums)
@@ -247,7 +264,8 @@ def chunk_gradient(
             dense(at_target), unit, out, out.stride(0), v, first_class, num_classes or v,
             logits.softcap, split.per_part, LOG_SUMS=log_sums(spec.names),
             SOFTCAP=logits.softcap != 0, PARTS=split.parts, BLOCK=split.block, VEC=split.vector,
-            ALIGNED=aligned(r, out), IN_PLACE=packed, num_warps=WARPS,
+            ALIGNED=aligned(r, out), ALIKE=aligned(r, out) or alike(r, out), IN_PLACE=packed,
+            num_warps=WARPS,
         )  # fmt: skip
 
 
