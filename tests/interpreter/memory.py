@@ -241,8 +241,8 @@ _watch = _Watch()
 
 
 @contextmanager
-def shuffled(seed: int) -> Iterator[None]:
-    """Programs of launches inside run in an order of the seed, one after the other."""
+def shuffled(seed: int | None) -> Iterator[None]:
+    """Programs of launches inside run in an order of the seed, in that of the grid for None."""
     before, _watch.seed = _watch.seed, seed
     try:
         yield
