@@ -6,7 +6,6 @@ and not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -26,7 +25,7 @@ EVERYTHING = canonical((*STATISTICS, "lse@2", "lse<0.3"))
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that would have been launched on an H100."""
     from lossops_triton import configurations, fused, launch, pairs, statistics, targets
 
@@ -42,7 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         if hasattr(module, "multiprocessors"):
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(module, "on", lambda device: nullcontext(), raising=False)
-    yield names
+    return names
 
 
 def head(dtype: torch.dtype, names: list[str]) -> Head:

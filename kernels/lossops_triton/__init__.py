@@ -2,15 +2,14 @@
 
     logits_statistics, linear_statistics     statistics.py, fused.py
     linear_chunk_*, linear_negatives         chunk.py around products by the vendor's library
-    linear_gradient, linear_binary           slabs of classes of the same; pairs.py
+    linear_gradient                          slabs of classes of the same
+    linear_binary, linear_pair_*             pairs.py, on slabs
     far_sums, near_products                  sparse.py
-    linear_pair_*                            plain PyTorch, from lossops.reference_pairs
 
 Nothing but near and far waits for the device, sizes come from shapes alone, and no kernel uses
 atomics or locks.
 """
 
-from lossops.reference_pairs import linear_pair_gradient, linear_pair_statistics
 from lossops_triton.linear import (
     linear_chunk_gradient,
     linear_chunk_negatives,
@@ -22,7 +21,7 @@ from lossops_triton.linear import (
     logits_gradient,
     logits_statistics,
 )
-from lossops_triton.pairs import linear_binary
+from lossops_triton.pairs import linear_binary, linear_pair_gradient, linear_pair_statistics
 from lossops_triton.sparse import far_sums, near_products
 
 __all__ = [

@@ -111,10 +111,12 @@ def chunk_statistics_kernel(
     head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
     at_target = tl.zeros([1], tl.float32)
     if target_ptr is not None:
-        for k in range(num_targets):
-            z = _at(row_ptr, target_ptr + row * num_targets + k, v, scale, b_ptr, softcap, SOFTCAP)
-            if part == 0:
-                tl.store(at_target_ptr + row * num_targets + k, z)
+        if at_target_ptr is not None:
+            for k in range(num_targets):
+                o_target = row * num_targets + k
+                z = _at(row_ptr, target_ptr + o_target, v, scale, b_ptr, softcap, SOFTCAP)
+                if part == 0:
+                    tl.store(at_target_ptr + o_target, z)
         if BELOW_TARGET & FLAGS:
             at_target += _at(
                 row_ptr, target_ptr + row * num_targets, v, scale, b_ptr, softcap, SOFTCAP
@@ -316,7 +318,7 @@ def _slope(
     coefs, log_stats, log_coefs, at_target_ptr, first_class, num_classes, softcap,
     LOG_SUMS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dr (n,) of products r (n,) of a row, as csrc/row.h has it."""
+    """dr of products r as csrc/row.h has it: (n,) of a row, or (rows, n) of rows (rows, 1)."""
     bias = 0.0
     if b_ptr is not None:
         bias = tl.load(b_ptr + o_class, mask=m_class, other=0.0).to(tl.float32)
@@ -401,25 +403,26 @@ def column_sums_kernel(
     accumulate,
     LOG_SUMS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """db (v,) float32 = Σ over the rows of dr, or += it: of dr as it is before any rounding."""
     o_class = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_class = o_class < v
+    scale = scale_of(scale_ptr)
     total = tl.zeros([BLOCK], tl.float32)
-    block = tl.zeros([BLOCK], tl.float32)
-    for i in range(n):
-        row = tl.cast(i, tl.int64)
-        r = tl.load(z_ptr + row * z_stride + o_class, mask=m_class, other=0.0).to(tl.float32)
-        block += _slope(
-            r, o_class, m_class, row, scale_of(scale_ptr), b_ptr, target_ptr, num_targets, a_ptr,
-            t_ptr, t_stride, stats, coefs, log_stats, log_coefs, None, first_class, num_classes,
-            softcap, LOG_SUMS, SOFTCAP,
+    for first in range(0, n, ROWS):
+        o_row = first + tl.arange(0, ROWS)
+        row = tl.minimum(o_row, n - 1).to(tl.int64)[:, None]
+        r = tl.load(z_ptr + row * z_stride + o_class[None, :], mask=m_class[None, :], other=0.0).to(
+            tl.float32
+        )
+        dr = _slope(
+            r, o_class[None, :], m_class[None, :], row, scale, b_ptr, target_ptr, num_targets,
+            a_ptr, t_ptr, t_stride, stats, coefs, log_stats, log_coefs, None, first_class,
+            num_classes, softcap, LOG_SUMS, SOFTCAP,
         )  # fmt: skip
-        if i % 64 == 63:  # a long sum goes through blocks
-            total += block
-            block = tl.zeros([BLOCK], tl.float32)
-    total += block
+        total += tl.sum(tl.where((o_row < n)[:, None], dr, 0.0), 0)
     if accumulate:
         total += tl.load(db_ptr + o_class, mask=m_class, other=0.0)
     tl.store(db_ptr + o_class, total, mask=m_class)

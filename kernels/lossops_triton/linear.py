@@ -14,7 +14,7 @@ segments of a sort (targets.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -266,46 +266,93 @@ def linear_gradient(
 
     Each slice of dw and db is one sum over all rows, rounded once.
     """
-    n, v = x.shape[0], w.shape[0]
-    if dx is not None:
-        dx.zero_()
-    if n == 0:
-        for t in (dw, db):
-            if t is not None:
-                t.zero_()
-        return
+    v = w.shape[0]
     spec = Spec(target, class_vector, teacher, names, statistics, coefficients)
     at_target = None if target is None else target_gradient(softcap, v, *spec)
+    sweep = Sweep(x, w, scale, target, at_target, dx, dw, db)
+    for tile, buffer in slabs(x, w):
+        part = Logits(buffer, _at(b, tile), scale, softcap)
+        own = _among(spec, tile)
+        db_part = None if db is None else x.new_empty(buffer.shape[1], dtype=torch.float32)
+        if db_part is not None:
+            column_sums(part, own, db_part, False, tile.start, v)
+        dr, factor = _rounded_gradient(part, x.dtype, own, tile.start, v)
+        sweep.add(tile, dr, factor, db_part)
+    sweep.finish()
+
+
+def slabs(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the classes, and a buffer with their products (N, n), ``SLAB_BYTES`` at most.
+
+    Every slab has the same memory; there is none where there are no rows.
+    """
+    n, v = x.shape[0], w.shape[0]
+    if n == 0:
+        return
     size = max(256, SLAB_BYTES // (4 * n) // 256 * 256)
     stride = -(-min(size, v) // 16) * 16
     memory = x.new_empty(n * stride, dtype=torch.float32)
-    partial = None if dx is None else torch.empty_like(dx)
     for first in range(0, v, size):
         tile = slice(first, min(first + size, v))
-        count = tile.stop - first
-        buffer = memory.as_strided((n, count), (stride, 1))
+        buffer = memory.as_strided((n, tile.stop - first), (stride, 1))
         product(x, w[tile].T, buffer)
-        part = Logits(buffer, _at(b, tile), scale, softcap)
-        own = _among(spec, tile)
-        wt = w[tile]
-        dw_part = None if dw is None else x.new_empty(wt.shape, dtype=torch.float32)
-        db_part = None if db is None else x.new_empty(count, dtype=torch.float32)
-        if db_part is not None:
-            column_sums(part, own, db_part, False, first, v)
-        dr, factor = _rounded_gradient(part, x.dtype, own, first, v)
-        products(x, wt, scale, dr, factor, partial, dw_part, False)
-        if target is not None and at_target is not None:
-            inside = (target >= first) & (target < tile.stop)
-            ids = torch.where(inside, target - first, -1)
-            add_targets(None, dw_part, db_part, x, scale, wt, ids, at_target)
-        if dx is not None and partial is not None:
-            dx += partial
-        if dw is not None and dw_part is not None:
-            dw[tile].copy_(dw_part)
-        if db is not None and db_part is not None:
-            db[tile].copy_(db_part)
-    if dx is not None and target is not None and at_target is not None:
-        add_targets(dx, None, None, x, scale, w, target, at_target)
+        yield tile, buffer
+
+
+class Sweep:
+    """Gradients that are filled slab by slab; ``dx`` in float32, dw and db rounded once."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale: Tensor | None,
+        target: Tensor | None,
+        at_target: Tensor | None,
+        dx: Tensor | None,
+        dw: Tensor | None,
+        db: Tensor | None,
+    ) -> None:
+        self.x, self.w, self.scale = x, w, scale
+        self.target, self.at_target = target, at_target
+        self.dx, self.dw, self.db = dx, dw, db
+        self.partial = None if dx is None else torch.empty_like(dx)
+        if dx is not None:
+            dx.zero_()
+        if x.shape[0] == 0:
+            for t in (dw, db):
+                if t is not None:
+                    t.zero_()
+
+    def add(self, tile: slice, dr: Tensor, factor: Tensor | None, db_part: Tensor | None) -> None:
+        """A slab's factor · dr, and the targets within it."""
+        wt = self.w[tile]
+        dw_part = None
+        if self.dw is not None:
+            dw_part = torch.empty(wt.shape, dtype=torch.float32, device=wt.device)
+        products(self.x, wt, self.scale, dr, factor, self.partial, dw_part, False)
+        if self.target is not None and self.at_target is not None:
+            ids = inside(self.target, tile)
+            add_targets(None, dw_part, db_part, self.x, self.scale, wt, ids, self.at_target)
+        if self.dx is not None:
+            self.dx += self.partial
+        if self.dw is not None:
+            self.dw[tile].copy_(dw_part)
+        if self.db is not None:
+            self.db[tile].copy_(db_part)
+
+    def finish(self) -> None:
+        """The targets' part of dx."""
+        if self.target is not None and self.at_target is not None:
+            add_targets(
+                self.dx, None, None, self.x, self.scale, self.w, self.target, self.at_target
+            )
+
+
+def inside(target: Tensor, tile: slice) -> Tensor:
+    """Ids relative to the tile, -1 outside of it."""
+    among = (target >= tile.start) & (target < tile.stop)
+    return torch.where(among, target - tile.start, -1)
 
 
 def _among(spec: Spec, tile: slice) -> Spec:

@@ -1,24 +1,37 @@
-"""Losses over pairs that are sums of single logits: the sigmoid sweep with both gradients.
+"""Losses over pairs: sums of single logits with both gradients, and log-sums by row and by column.
 
-Slabs of classes: products into float32, then one kernel takes the sums of a row's negatives and
-leaves dz in their place, then the two products of the gradients. 3 GEMMs; each logit is read once
-and its dz written once. Row and column log-sums together (`linear_pair_*`) are PyTorch's own
-operations on blocks: lossops/reference_pairs.py.
+Slabs of classes: products into float32, kernels on them, then the two products of the gradients.
+
+    binary             one kernel takes the sums of a row's negatives and leaves dz in their place:
+                       3 GEMMs, one read and one write a logit
+    row and column     log-sums of rows by the chunk's kernel, of columns by one of their own: two
+    log-sums           reads; then dz in place from both: 4 GEMMs
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lossops.reference_pairs import target_logits
 from lossops_triton.chunk import edges, full_vectors, no_target, scale_of, vectors_from
-from lossops_triton.elements import addend, logit_map
-from lossops_triton.launch import aligned, dense, misalignment, on
-from lossops_triton.linear import SLAB_BYTES, can_pack, product, products
-from lossops_triton.statistics import Split, no_columns, step
-from lossops_triton.targets import add_targets
+from lossops_triton.elements import addend, finite, logit_map
+from lossops_triton.launch import aligned, dense, given, misalignment, on
+from lossops_triton.linear import Sweep, can_pack, inside, slabs
+from lossops_triton.statistics import (
+    COLUMNS,
+    ROWS,
+    WARPS,
+    Logits,
+    Split,
+    chunk_statistics,
+    no_columns,
+    step,
+)
 
 KINDS = {"sigmoid": 0, "hinge": 1, "gumbel": 2, "asymmetric": 3}
 
@@ -123,55 +136,32 @@ def linear_binary(
     db: Tensor | None,
 ) -> Tensor:
     """Σ_{j ∉ P_i} a_j φ(z_ij), (N,), and the gradients of Σ_i f_i of them, in one sweep."""
-    n, v = x.shape[0], w.shape[0]
-    if dx is not None:
-        dx.zero_()
-    if n == 0 or v == 0:
-        for t in (dw, db):
-            if t is not None:
-                t.zero_()
-        return x.new_zeros(n, dtype=torch.float32)
     p, q, detached = (*parameters, 0.0, 0.0, 0.0)[:3]
     wants = not (dx is None and dw is None and db is None)
-    size = max(256, SLAB_BYTES // (4 * n) // 256 * 256)
-    stride = -(-min(size, v) // 16) * 16
-    memory = x.new_empty(n * stride, dtype=torch.float32)
-    slabs = range(0, v, size)
-    sums = x.new_empty(len(slabs), n, dtype=torch.float32)
-    partial = None if dx is None else torch.empty_like(dx)
-    # Rounded where the slope is at most 1 and no bias asks for sums of what is not.
-    packs = x.dtype == torch.bfloat16 and db is None
-    for index, first in enumerate(slabs):
-        tile = slice(first, min(first + size, v))
-        buffer = memory.as_strided((n, tile.stop - first), (stride, 1))
-        product(x, w[tile].T, buffer)
-        ids = None if target is None else _inside(target, tile)
-        out = None
-        if wants:
-            packed = packs and can_pack(buffer)
-            out = buffer.view(x.dtype)[:, : buffer.shape[1]] if packed else buffer
+    sweep = Sweep(x, w, scale, target, at_target, dx, dw, db)
+    sums = [x.new_zeros(x.shape[0], dtype=torch.float32)]
+    for tile, buffer in slabs(x, w):
+        # What db is the sum of is not rounded.
+        out = _room(buffer, x.dtype if db is None else buffer.dtype) if wants else None
+        own = torch.empty_like(sums[0])
         _one_slab(
-            buffer, scale, None if b is None else b[tile], ids,
-            None if weight is None else weight[tile], kind, p, q, bool(detached), row_factor,
-            sums[index], out,
+            buffer, scale, None if b is None else b[tile],
+            None if target is None else inside(target, tile),
+            None if weight is None else weight[tile], kind, p, q, bool(detached), row_factor, own,
+            out,
         )  # fmt: skip
-        if out is None:
-            continue
-        wt = w[tile]
-        dw_part = None if dw is None else x.new_empty(wt.shape, dtype=torch.float32)
-        db_part = None if db is None else out.sum(0)
-        products(x, wt, scale, out, None, partial, dw_part, False)
-        if ids is not None and at_target is not None:
-            add_targets(None, dw_part, db_part, x, scale, wt, ids, at_target)
-        if dx is not None and partial is not None:
-            dx += partial
-        if dw is not None and dw_part is not None:
-            dw[tile].copy_(dw_part)
-        if db is not None and db_part is not None:
-            db[tile].copy_(db_part)
-    if dx is not None and target is not None and at_target is not None:
-        add_targets(dx, None, None, x, scale, w, target, at_target)
-    return sums.sum(0)
+        sums.append(own)
+        if out is not None:
+            sweep.add(tile, out, None, None if db is None else out.sum(0))
+    sweep.finish()
+    return torch.stack(sums).sum(0)
+
+
+def _room(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where dz of a slab goes: over its products, in bfloat16 where these multiply as such."""
+    if dtype == torch.bfloat16 and can_pack(buffer):
+        return buffer.view(dtype)[:, : buffer.shape[1]]
+    return buffer
 
 
 def _one_slab(
@@ -203,7 +193,176 @@ def _one_slab(
         )  # fmt: skip
 
 
-def _inside(target: Tensor, tile: slice) -> Tensor:
-    """Ids relative to the tile, -1 outside of it."""
-    inside = (target >= tile.start) & (target < tile.stop)
-    return torch.where(inside, target - tile.start, -1)
+@triton.jit
+def pair_columns_kernel(
+    z_ptr,
+    z_stride,
+    scale_ptr,
+    target_ptr,
+    num_targets,
+    shift_ptr,
+    lse_ptr,
+    n,
+    v,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Log-sums (v,) of the negatives of each column of z (N, v), relative to their shifts (v,)."""
+    o_class = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_class = o_class < v
+    scale = scale_of(scale_ptr)
+    top = tl.zeros([BLOCK], tl.float32) - float("inf")
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, ROWS):
+        o_row = first + tl.arange(0, ROWS)
+        row = tl.minimum(o_row, n - 1).to(tl.int64)[:, None]
+        r = tl.load(z_ptr + row * z_stride + o_class[None, :], mask=m_class[None, :], other=0.0)
+        m_negative = (o_row < n)[:, None] & m_class[None, :]
+        if target_ptr is not None:
+            m_negative = no_target(m_negative, o_class[None, :], target_ptr, row, num_targets)
+        z = tl.where(m_negative, r * scale, -float("inf"))
+        raised = tl.maximum(top, tl.max(z, 0))
+        # What had no negatives has nothing to scale: its shift of 0 may be far above all others.
+        down = tl.where(top == -float("inf"), 0.0, finite(top) - finite(raised))
+        total = total * tl.exp(down) + tl.sum(tl.exp(z - finite(raised)[None, :]), 0)
+        top = raised
+    tl.store(shift_ptr + o_class, finite(top), mask=m_class)
+    tl.store(lse_ptr + o_class, tl.log(total), mask=m_class)
+
+
+@triton.jit
+def pair_gradient_kernel(
+    z_ptr,
+    z_stride,
+    offset,
+    scale_ptr,
+    target_ptr,
+    num_targets,
+    row_stats,
+    column_stats,
+    row_coef_ptr,
+    column_coef_ptr,
+    out_ptr,
+    out_stride,
+    v,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
+    """dz of z (N, v) into out: c_i e^{z - lse_i} + h_j e^{z - lse_j}, 0 at the targets.
+
+    row_stats, column_stats: shift and lse of rows (N,) and of columns (v,). One program a row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr, out_row_ptr = z_ptr + row * z_stride, out_ptr + row * out_stride
+    scale = scale_of(scale_ptr)
+    head, whole = full_vectors(row_ptr, offset + row * z_stride, v, VEC, ALIGNED)
+    body_ptr = vectors_from(z_ptr, row * z_stride, head, offset, VEC, ALIGNED)
+    out_body_ptr = vectors_from(out_ptr, row * out_stride, head, offset, VEC, ALIGNED)
+    for start in range(0, whole, BLOCK):
+        o_vec = start + tl.arange(0, BLOCK)
+        m_vec = o_vec < whole
+        z = scale * tl.load(body_ptr + o_vec, mask=m_vec, other=0.0)
+        dz = _pair_slope(
+            z, head + o_vec, m_vec, row, target_ptr, num_targets, row_stats, column_stats,
+            row_coef_ptr, column_coef_ptr,
+        )  # fmt: skip
+        if IN_PLACE:
+            tl.debug_barrier()  # all of the tile is read before any of it is overwritten
+        tl.store(out_body_ptr + o_vec, dz.to(out_ptr.dtype.element_ty), mask=m_vec)
+    o_edge, m_edge = edges(head, whole, v, VEC)
+    z = scale * tl.load(row_ptr + o_edge, mask=m_edge, other=0.0)
+    dz = _pair_slope(
+        z, o_edge, m_edge, row, target_ptr, num_targets, row_stats, column_stats, row_coef_ptr,
+        column_coef_ptr,
+    )  # fmt: skip
+    if IN_PLACE:
+        tl.debug_barrier()
+    tl.store(out_row_ptr + o_edge, dz.to(out_ptr.dtype.element_ty), mask=m_edge)
+
+
+@triton.jit
+def _pair_slope(
+    z, o_class, m_class, row, target_ptr, num_targets, row_stats, column_stats, row_coef_ptr,
+    column_coef_ptr,
+):  # fmt: skip
+    """dz (n,) of logits z (n,) of a row."""
+    dz = tl.zeros_like(z)
+    if row_coef_ptr is not None:
+        lse = tl.load(row_stats[1] + row)
+        lse = tl.where(lse == -float("inf"), 0.0, lse)
+        dz += tl.load(row_coef_ptr + row) * tl.exp(z - tl.load(row_stats[0] + row) - lse)
+    if column_coef_ptr is not None:
+        shift = tl.load(column_stats[0] + o_class, mask=m_class, other=0.0)
+        lse = tl.load(column_stats[1] + o_class, mask=m_class, other=0.0)
+        lse = tl.where(lse == -float("inf"), 0.0, lse)
+        h = tl.load(column_coef_ptr + o_class, mask=m_class, other=0.0)
+        dz += h * tl.exp(z - shift - lse)
+    if target_ptr is not None:
+        m_negative = no_target(m_class, o_class, target_ptr, row, num_targets)
+        dz = tl.where(m_negative, dz, 0.0)
+    return dz
+
+
+def linear_pair_statistics(
+    x: Tensor, w: Tensor, scale: Tensor | None, target: Tensor | None
+) -> list[Tensor]:
+    """Log-sums of the negatives by row and by column, from one sweep: `lossops.reference_pairs`."""
+    n, v = x.shape[0], w.shape[0]
+    column_shift = torch.zeros(v, dtype=torch.float32, device=x.device)
+    column_lse = torch.full_like(column_shift, -torch.inf)
+    none = torch.zeros(n, dtype=torch.float32, device=x.device)
+    shifts, sums = [none], [none - torch.inf]
+    for tile, buffer in slabs(x, w):
+        ids = None if target is None else no_columns(inside(target, tile))
+        # The names have no target: its logits are taken apart, in float32.
+        shift, lse = chunk_statistics(Logits(buffer, None, scale), ids, None, None, ("lse",))
+        shifts.append(shift)
+        sums.append(lse)
+        with on(buffer.device):
+            pair_columns_kernel[(triton.cdiv(buffer.shape[1], COLUMNS),)](
+                buffer, buffer.stride(0), scale, ids, 0 if ids is None else ids.shape[1],
+                column_shift[tile], column_lse[tile], n, buffer.shape[1], ROWS=ROWS, BLOCK=COLUMNS,
+                num_warps=4,
+            )  # fmt: skip
+    each, lse = torch.stack(shifts), torch.stack(sums)
+    top = each.masked_fill(lse == -torch.inf, -torch.inf).amax(0)
+    shift = torch.where(top.isfinite(), top, 0.0)
+    lse = (lse + (each - shift)).logsumexp(0)
+    at = x.new_empty(n, 0, dtype=torch.float32)
+    if target is not None and target.shape[1]:
+        at = target_logits(x, w, None, scale, target) - shift.unsqueeze(1)
+        at = at.masked_fill(target < 0, -torch.inf)
+    return [shift, lse, column_shift, column_lse, at]
+
+
+def linear_pair_gradient(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    target: Tensor | None,
+    statistics: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    dx: Tensor | None,
+    dw: Tensor | None,
+) -> None:
+    """Gradients from both log-sums: `lossops.reference_pairs`."""
+    shift, lse, column_shift, column_lse, _ = given(statistics)
+    by_row, by_column, at_target = given(coefficients)
+    sweep = Sweep(x, w, scale, target, at_target, dx, dw, None)
+    for tile, buffer in slabs(x, w):
+        ids = None if target is None else no_columns(inside(target, tile))
+        out = _room(buffer, x.dtype)
+        split = Split.of(buffer, False)
+        with on(buffer.device):
+            pair_gradient_kernel[(buffer.shape[0],)](
+                buffer, buffer.stride(0), misalignment(buffer), scale, ids,
+                0 if ids is None else ids.shape[1], (shift, lse),
+                (column_shift[tile], column_lse[tile]), by_row,
+                None if by_column is None else by_column[tile], out, out.stride(0),
+                buffer.shape[1], BLOCK=split.block, VEC=split.vector, ALIGNED=aligned(buffer, out),
+                IN_PLACE=out.dtype != buffer.dtype, num_warps=WARPS,
+            )  # fmt: skip
+        sweep.add(tile, out, None, None)
+    sweep.finish()

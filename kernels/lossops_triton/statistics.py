@@ -32,6 +32,7 @@ from lossops_triton.launch import (
 
 BLOCK = 4096  # logits a step of a chunk kernel; 16 a thread of 256
 WARPS = 8
+ROWS, COLUMNS = 32, 128  # a step of a kernel over columns
 BITS = {
     "lse": row.LSE, "entropy": row.ENTROPY, "variance": row.VARIANCE, "max": row.MAX,
     "runner_up": row.RUNNER_UP, "below_target": row.BELOW_TARGET, "sum": row.SUM,
@@ -279,10 +280,10 @@ def column_sums(
     """Σ over the rows of dr into ``db`` (n,) float32; arguments as of `chunk_gradient`."""
     r = logits.r
     n, v = r.shape
-    block = 512
     with on(r.device):
-        column_sums_kernel[(triton.cdiv(v, block),)](
+        column_sums_kernel[(triton.cdiv(v, COLUMNS),)](
             r, r.stride(0), logits.scale, dense(logits.b), *spec.arguments(), db, n, v,
             first_class, num_classes or v, logits.softcap, int(accumulate),
-            LOG_SUMS=log_sums(spec.names), SOFTCAP=logits.softcap != 0, BLOCK=block, num_warps=4,
+            LOG_SUMS=log_sums(spec.names), SOFTCAP=logits.softcap != 0, ROWS=ROWS, BLOCK=COLUMNS,
+            num_warps=4,
         )  # fmt: skip
