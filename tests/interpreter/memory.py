@@ -161,7 +161,8 @@ def _launch(self: GridExecutor, *arguments: Any, **keywords: Any) -> None:
             if _traffic is not None:
                 _traffic.program, _traffic.fresh = int(np.ravel_multi_index(program, grid)), []
             interpreter.interpreter_builder.set_grid_idx(*map(int, program))
-            self.fn(**converted)
+            with np.errstate(all="ignore"):
+                self.fn(**converted)
         if _traffic is not None:
             _traffic.races()
     finally:
