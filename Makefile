@@ -13,7 +13,7 @@ unexport PYTHONPATH  # another checkout must not be tested in the place of this 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 built := .venv/built-$(LOSSOPS_BUILD)
 
-.PHONY: help demo test test-compiled test-interpreter lint format build clean
+.PHONY: help demo test test-compiled test-interpreter gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -24,13 +24,16 @@ demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; A
 
 test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
 	pytest $(ARGS)
-	$(MAKE) test-interpreter test-compiled
+	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled)
 
 test-interpreter: $(built)  ## Run the GPU kernels in an interpreter that checks their memory
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest tests/interpreter
 
 test-compiled: $(built)  ## Compile the GPU kernels for every architecture, within their budgets
 	pytest tests/compiled
+
+gpu-check: $(built)  ## Tests, memory checker and timings on a GPU, into gpu-check.txt
+	lossops-bench gpu-check
 
 lint: .venv/dependencies  ## Check style, format and types
 	ruff check
