@@ -53,11 +53,12 @@ def sampled(function: Loss, **more: Any) -> Loss:
 
 
 def partial_fc(x: Tensor, w: Tensor, b: Tensor, *, backend: str) -> Tensor:
+    """A sample of the classes, normalised rows and a margin; b is not used."""
+    margin = lossops.ArcFace()
     head = lossops.PartialFC(
-        V, D, sample_rate=0.5, margin=lossops.ArcFace(), backend=backend, dtype=x.dtype
+        D, V, sample_rate=0.5, margin=margin, sparse=False, backend=backend, dtype=x.dtype
     )
-    head.weight = torch.nn.Parameter(w.detach())
-    return head(x, IDS[:, 0])
+    return torch.func.functional_call(head, {"weight": w}, (x, IDS[:, 0]))
 
 
 def biased(function: Loss, *arguments: Any, **more: Any) -> Loss:
@@ -96,6 +97,7 @@ LOSSES: dict[str, Loss] = {
     "sampled_softmax_loss": sampled(lossops.sampled_softmax_loss),
     "nce_loss": sampled(lossops.nce_loss),
     "negative_sampling_loss": sampled(lossops.negative_sampling_loss),
+    "PartialFC": partial_fc,
     "focal": biased(catalogue.linear_focal_loss, Y),
     "stable max": biased(catalogue.linear_stable_max_loss, Y),
     "gumbel": biased(catalogue.linear_gumbel_loss, IDS),
