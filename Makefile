@@ -13,29 +13,27 @@ unexport PYTHONPATH  # another checkout must not be tested in the place of this 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 built := .venv/built-$(LOSSOPS_BUILD)
 
-.PHONY: help demo test test-interpreter test-compiled lint format build clean
+.PHONY: help demo test test-compiled test-interpreter gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; ARGS="..." for options
 	lossops-bench demo $(ARGS)
 
 test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
 	pytest $(ARGS)
-	$(MAKE) test-interpreter
-	$(MAKE) test-compiled
+	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled)
 
-# NumPy's threads would spin against each other: with one, products take a fifth of the time.
-test-interpreter: export TRITON_INTERPRET := 1
-test-interpreter: export OPENBLAS_NUM_THREADS := 1
-test-interpreter: export OMP_NUM_THREADS := 1
-test-interpreter: $(built)  ## Run the GPU kernels on the CPU, their numbers and memory checked
-	pytest tests/interpreter
+test-interpreter: $(built)  ## Run the GPU kernels in an interpreter that checks their memory
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest tests/interpreter
 
 test-compiled: $(built)  ## Compile the GPU kernels for every architecture, within their budgets
 	pytest tests/compiled
+
+gpu-check: $(built)  ## Tests, memory checker and timings on a GPU, into gpu-check.txt
+	lossops-bench gpu-check
 
 lint: .venv/dependencies  ## Check style, format and types
 	ruff check

@@ -176,7 +176,7 @@ def linear_cross_entropy(
             input and target (ids of all classes); the loss, and dx, are those of all classes on
             every rank. A DTensor w sharded by class names its group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
         outputs: further results of the same pass, among ``logsumexp``, ``log_prob``, ``entropy``
             (differentiable; two sweeps), ``argmax``, ``correct``; ``near_far``, a
             `lossops.NearFarReport` of what the gradients were (one sweep). Default: ``()``.
@@ -349,7 +349,7 @@ def cross_entropy(
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
         label_smoothing: ε in [0, 1]. Default: ``0.0``.
         lse_square_scale: factor of the squared logsumexp. Default: ``0.0``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
         outputs: as in `linear_cross_entropy`, but for ``near_far``. Default: ``()``.
         inplace: overwrite ``logits`` with their gradient, which then needs no memory and allows
             one backward; for contiguous non-leaf ``logits``, a scalar loss. Default: ``False``.
@@ -684,7 +684,7 @@ def linear_log_prob(
             coefficient of all rows. Default: ``None``.
         class_group: as in `linear_cross_entropy`. Default: ``None``.
         options: how it is computed. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
         (...) float32 (float64 for float64 inputs), or ``(log_prob, entropy)``.

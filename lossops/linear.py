@@ -75,7 +75,7 @@ def linear_statistics(
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of all rows. Default: ``None``.
         options: how it is computed. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
         RowStatistics with one value per row, shape (...), float32 (float64 for float64 inputs).
@@ -240,7 +240,7 @@ def linear_loss(
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of its chunk. Default: ``None``.
         options: schedule and memory. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).

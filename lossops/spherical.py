@@ -102,7 +102,8 @@ def linear_spherical_loss(
             gram where N V >= D (N + V), which is where it takes fewer operations: for many
             classes from about D rows on. Default: ``'auto'``.
         options: schedule and memory of the sweep. Default: ``None``.
-        backend: of the sweep: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: of the sweep: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default:
+            ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -175,7 +176,7 @@ def spherical_loss(
         sample_weight: row weights, (...). Default: ``None``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).

@@ -345,8 +345,9 @@ class TestTune:
         unknown = tune("sm_103", "timed on a fake, 2026-01-01", source, timer)
         assert all("sm_103" in rows for rows in tables(unknown).values())
 
-    def test_without_a_gpu_it_says_so(self, monkeypatch):
+    @pytest.mark.parametrize("command", ["tune", "gpu-check"])
+    def test_without_a_gpu_it_says_so(self, command, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        result = CliRunner().invoke(build_app(), ["tune"])
+        result = CliRunner().invoke(build_app(), [command])
         assert result.exit_code == 1
         assert "GPU" in result.output

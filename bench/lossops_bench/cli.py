@@ -51,6 +51,7 @@ def build_app() -> typer.Typer:
     from lossops_bench.demo import demo_command
     from lossops_bench.heads import heads_command
     from lossops_bench.identities import identities_command
+    from lossops_bench.kernels.check import gpu_check_command
     from lossops_bench.kernels.command import kernels_command, tune_command
     from lossops_bench.near_far import near_far_command
     from lossops_bench.partial_fc import partial_fc_command
@@ -76,6 +77,7 @@ def build_app() -> typer.Typer:
     app.command("ring")(ring_command)
     app.command("kernels")(kernels_command)
     app.command("tune")(tune_command)
+    app.command("gpu-check")(gpu_check_command)
     return app
 
 

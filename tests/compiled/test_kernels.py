@@ -6,7 +6,9 @@ A process of its own (`make test-compiled`): Triton either interprets or compile
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import product
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is an optional dependency")
 
+import lossops_triton
 from lossops_bench.kernels.devices import DEVICES
 from lossops_bench.kernels.launches import Case, cases
 from lossops_bench.kernels.report import (
@@ -92,6 +95,16 @@ def _faults(case: Case, row: Row) -> Iterator[str]:
 def _functions(case: Case) -> float:
     """A thread has at least four logits of each row whose merge it takes part in."""
     return case.functions + case.merges / 4
+
+
+def test_every_kernel_has_a_case():
+    kernels = {
+        name
+        for module in pkgutil.iter_modules(lossops_triton.__path__)
+        for name in vars(importlib.import_module(f"lossops_triton.{module.name}"))
+        if name.endswith("_kernel")
+    }
+    assert kernels == {case.kernel for case in CASES.values()}
 
 
 def test_there_is_a_budget_for_each_kernel_and_no_other():

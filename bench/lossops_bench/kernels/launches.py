@@ -16,7 +16,12 @@ from lossops.statistics import STATISTICS, canonical, outputs
 from lossops_bench.kernels.facts import Facts, facts_of
 from lossops_bench.kernels.offline import Launch, pretending, target_of
 from lossops_triton.fused import fused_statistics
-from lossops_triton.pairs import KINDS, linear_binary
+from lossops_triton.pairs import (
+    KINDS,
+    linear_binary,
+    linear_pair_gradient,
+    linear_pair_statistics,
+)
 from lossops_triton.sparse import far_sums, near_products
 from lossops_triton.statistics import (
     Logits,
@@ -162,6 +167,22 @@ def _binary(kind: str) -> None:
     )  # fmt: skip
 
 
+def _log_sums_of_pairs() -> None:
+    n, d, v = 256, 16, 4096
+    x, w = torch.zeros(n, d, dtype=BF16), torch.zeros(v, d, dtype=BF16)
+    linear_pair_statistics(x, w, _empty(1)[0], _ids(n))
+
+
+def _gradient_of_pairs() -> None:
+    n, d, v = 256, 16, 4096
+    x, w = torch.zeros(n, d, dtype=BF16), torch.zeros(v, d, dtype=BF16)
+    statistics = [_empty(n), _empty(n), _empty(v), _empty(v), _empty(n, 1)]
+    coefficients = [_empty(n), _empty(v), torch.zeros(n, 1)]
+    linear_pair_gradient(
+        x, w, _empty(1)[0], _ids(n), statistics, coefficients, _empty(n, d), torch.empty_like(w)
+    )
+
+
 def _far() -> None:
     far_sums(torch.zeros(N, 4096), torch.ones(N), torch.ones(N), 64, 1024)
 
@@ -256,6 +277,8 @@ def _other_cases() -> list[Case]:
         Case("segment add", "segment_add_kernel", _segments),
         Case("column sums", "column_sums_kernel", columns, 1),
         *map(binary, KINDS),
+        Case("pairs, columns", "pair_columns_kernel", _log_sums_of_pairs, 1, 1),
+        Case("pairs, gradient", "pair_gradient_kernel", _gradient_of_pairs, 2, streams=True),
         Case("far sums", "far_sums_kernel", _far),
         Case("near products, dx", "near_dx_kernel", _near),
         Case("near products, dw", "near_dw_kernel", _near),

@@ -109,6 +109,7 @@ def _torch_agrees(architecture: str) -> Iterator[None]:
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: architecture,
         "current_device": lambda: 0,
+        "is_available": lambda: True,
     }
     hip = None if nvidia else "6.4"
     with mock.patch.multiple(torch.cuda, **answers), mock.patch.object(torch.version, "hip", hip):
