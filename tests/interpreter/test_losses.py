@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import DTYPES, assert_no_worse, make_inputs, value_and_gradients
 from test_catalogue import Case as Recipe
-from test_docs import FUNCTIONS
+from test_docs import FUNCTIONS, README, backend_table, between_markers
 from torch import Tensor
 
 import lossops
@@ -178,3 +178,31 @@ def test_scores_that_have_no_gradient() -> None:
 
     exact = scores("reference", *(t.double() for t in (x, w, b)))
     assert_no_worse("scores", scores("triton", x, w, b), scores("reference", x, w, b), exact)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_partial_fc(kind: str) -> None:
+    """A sample of the classes, normalised rows and a margin."""
+    x, w, _, y = make_inputs(N, V, D, DTYPES[kind])
+
+    def run(backend: str, *tensors: Tensor) -> list[Tensor]:
+        def loss(x: Tensor, w: Tensor) -> Tensor:
+            head = lossops.PartialFC(
+                D, V, sample_rate=0.5, margin=lossops.ArcFace(), sparse=False, backend=backend,
+                dtype=x.dtype,
+            )  # fmt: skip
+            return torch.func.functional_call(head, {"weight": w}, (x, y))
+
+        return value_and_gradients(loss, tensors)
+
+    with memory.launches() as seen:
+        ours = run("triton", x, w)
+    assert seen, "no kernel ran"
+    plain, exact = run("reference", x, w), run("reference", x.double(), w.double())
+    for what, *three in zip(("loss", "dx", "dw"), ours, plain, exact, strict=True):
+        assert_no_worse(f"PartialFC {what}", *three)
+
+
+def test_the_readme_says_what_is_interpreted() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert between_markers("backends").search(text)[0].strip() == backend_table()
