@@ -36,7 +36,7 @@ from lossops import near_far, reference, reference_pairs
 from lossops.binary import negative_slope
 from lossops.reference import accumulate_dtype
 from lossops.statistics import canonical, outputs
-from lossops_triton import configurations, linear, statistics, targets
+from lossops_triton import configurations, fused, linear, statistics, targets
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -658,3 +658,15 @@ def test_bytes() -> None:
     gradient = by_kernel["chunk_gradient_kernel"]
     assert gradient.bytes_read == pytest.approx(4 * logits, rel=0.01)
     assert gradient.bytes_written == 2 * logits
+
+
+def test_bytes_of_the_fused_kernel() -> None:
+    """Within 10 % of the model of fused.py: BM + BN rows of D for each tile."""
+    n, d, v = 256, 128, 512
+    x, w = torch.randn(n, d).to(torch.bfloat16), torch.randn(v, d).to(torch.bfloat16)
+    tile = configurations.tile_of(x, w, 0)
+    with memory.launches() as seen:
+        fused.fused_statistics(x, w, None, None, 0.0, None, None, None, ("lse",))
+    (launch,) = [one for one in seen if one.kernel == "fused_statistics_kernel"]
+    tiles = -(-n // tile.bm) * -(-v // tile.bn)
+    assert launch.bytes_read == pytest.approx(tiles * (tile.bm + tile.bn) * d * 2, rel=0.1)
