@@ -401,13 +401,14 @@ def test_late_maximum(dtype: torch.dtype, above: float) -> None:
 
 
 @pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
-def test_common_offset(names: tuple[str, ...]) -> None:
-    """Logits near 1e4 cost no more than in PyTorch: statistics are relative."""
+@pytest.mark.parametrize("offset", [10000.0, -10000.0])
+def test_common_offset(offset: float, names: tuple[str, ...]) -> None:
+    """Logits near ±1e4 cost no more than in PyTorch: statistics are relative."""
     names = tuple(n for n in names if n != "softplus")  # absolute by definition
     case = Case(3, 7, 90, 1, torch.float32, names=names, bias=True)
     x, w, b, *rest = case.args
     # Exact in float32: the logits are multiples of 1/64 near 1e4.
-    x, w, b = (x * 2).round() / 4, (w * 2).round() / 4, (b * 4).round() / 16 + 10000.0
+    x, w, b = (x * 2).round() / 4, (w * 2).round() / 4, (b * 4).round() / 16 + offset
     case.args = (x, w, b, *rest)
     check(case)
 
