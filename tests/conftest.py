@@ -33,10 +33,10 @@ DTYPES = {
 HALF = ("bf16", "f16")
 
 # What a budget may not undercut, as a part of the largest entry. Half precision: the one rounding
-# of the result itself. float32: eight, since one scalar is one draw, and PyTorch's may have come
-# out exact by luck. float64 is the oracle itself, whose error shows nowhere: some roundings more.
+# of the result itself. Full precision: eight, since one scalar is one draw, and PyTorch's may have
+# come out exact by luck.
 FLOOR = {
-    torch.float64: 64 * 2.0**-53,
+    torch.float64: 8 * 2.0**-53,
     torch.float32: 8 * 2.0**-24,
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
@@ -140,7 +140,10 @@ def value_and_gradients(
     """``function(*tensors)`` and its gradients for each of them, times ``upstream``."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     value = function(*leaves)
-    factor = torch.as_tensor(upstream, dtype=value.dtype).expand_as(value)
+    if isinstance(upstream, Tensor):
+        factor = upstream.to(value).expand_as(value)
+    else:  # on the device itself: a copy from the host would wait for it
+        factor = torch.full_like(value, upstream)
     return [value.detach(), *torch.autograd.grad(value, leaves, factor)]
 
 

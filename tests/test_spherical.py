@@ -123,7 +123,10 @@ def test_as_accurate_as_all_logits(name, mode, dtype, targets, small_blocks):
     oracle = with_gradients(plain, *(t.double() for t in (x, w, b)))
     assert found[0].dtype == (torch.float64 if dtype == "f64" else torch.float32)
     for what, *three in zip(("loss", "dx", "dw", "db"), found, budget, oracle, strict=True):
-        assert_no_worse(f"{name} {mode} {what}", *three)
+        # In float64 the budget is the oracle itself and has no error to compare with: the roundings
+        # that tests/test_cpu_backend.py allows there.
+        floor = 64 * 2.0**-53 * float(three[2].abs().max()) if dtype == "f64" else None
+        assert_no_worse(f"{name} {mode} {what}", *three, floor=floor)
 
 
 @EVERY_LOSS
