@@ -198,9 +198,9 @@ def add_targets(
     reference.add_targets(dx, dw, db, xs, w, target, value)
 
 
-_kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
-_linear = LinearPrimitives(_kernels)
-_pairs = PairPrimitives(_kernels, PairKernels(binary, pair_columns, pair_gradient))
+kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
+_linear = LinearPrimitives(kernels)
+_pairs = PairPrimitives(kernels, PairKernels(binary, pair_columns, pair_gradient))
 
 linear_binary = _pairs.linear_binary
 linear_chunk_gradient = _linear.linear_chunk_gradient

@@ -7,6 +7,7 @@ import re
 import builder
 import pytest
 import torch
+from fixtures import build, emulator, loaded, run
 
 RIGHT = ("row_lse", "reverse", "talk", "first_of_rows", "launches")
 DIVERGES = "waits for ever in {}, which {} threads reach"

@@ -2,6 +2,7 @@
 
 import builder
 import pytest
+from fixtures import build, run
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
