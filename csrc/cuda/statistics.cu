@@ -96,7 +96,8 @@ __device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_
                        float pivot) {
   using S = State<kKept>;
   const int64_t n = call.logits.rows;
-  const float shift = s.shift(), up = pivot - shift;
+  const float shift = s.shift();
+  const double up = static_cast<double>(pivot) - shift;
   auto moved = [up](const Sum& sum, const Sum& weight) {
     return static_cast<float>(sum.value() + weight.value() * up);
   };
@@ -119,7 +120,8 @@ __device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_
     put(call.values, kBelowTargetRow, n, row, s.below.value - shift);
     call.ids[2 * n + row] = id_of(s.below.id);
   }
-  if constexpr (S::has(keep::kSum)) put(call.values, kAverageRow, n, row, s.average + up);
+  if constexpr (S::has(keep::kSum))
+    put(call.values, kAverageRow, n, row, static_cast<float>(s.average + up));
   if constexpr (S::has(keep::kSumsq)) put(call.values, kMomentRow, n, row, s.moment);
   if constexpr (S::has(keep::kSoftplus)) put(call.values, kSoftplusRow, n, row, s.softplus);
   if constexpr (S::has(keep::kStableSum)) put(call.values, kStableSumRow, n, row, s.stable);
