@@ -188,8 +188,8 @@ class Build:
                     "lossops_cuda_emulated.so", [*base, *glue], "-shared", "-Wl,--no-undefined",
                     libraries=(*found, "-ltorch_cpu", "-ltorch", "-lc10"),
                 )  # fmt: skip
-        for steps in (self.steps, list(self.links.values())):
-            # The longest first, by the length of what they compile.
+        # Those with sanitizers, which take longest, are last in the list and first in time.
+        for steps in (self.steps[::-1], list(self.links.values())):
             with ThreadPoolExecutor(JOBS) as pool:
                 list(pool.map(Step.run, steps))
 
