@@ -36,9 +36,13 @@
 #define __constant__ static const
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-// All that a kernel calls is inlined, as nvcc does it. -fsanitize=thread needs that: it does not
-// see the access where a call takes or returns an object of a class in memory, such as a __half.
+#ifdef __SANITIZE_THREAD__
+// All that a kernel calls is inlined. The compiler does not report the access where a call takes or
+// returns an object of a class in memory, such as a __half.
 #define __global__ __attribute__((flatten))
+#else
+#define __global__
+#endif
 #define __host__
 #define __launch_bounds__(...)
 
