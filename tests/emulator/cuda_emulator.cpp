@@ -64,7 +64,7 @@ Position position;
 namespace {
 
 constexpr unsigned kWarp = 32, kMaxThreads = 1024;
-constexpr size_t kStack = 64 << 10, kGuard = 4096, kMaxShared = 48 << 10;
+constexpr size_t kStack = 64 << 10, kGuard = 4096, kMaxShared = 48 << 10, kMaxAlignment = 128;
 
 // A stack that runs, or where one stopped.
 class Context {
@@ -117,7 +117,8 @@ struct Fiber {
 
 struct SharedArray {
   const void* site;
-  char* memory;
+  void* memory;
+  char* first;
   size_t bytes;
   bool of_this_block;
 };
@@ -388,28 +389,29 @@ void fail_at(const void* code, const std::string& what) {
   abort();
 }
 
-void fail(const std::string& what) { fail_at(__builtin_return_address(0), what); }
+void fail(const char* what) { fail_at(__builtin_return_address(0), what); }
 
-void* shared_array(const void* site, size_t bytes) {
+void* shared_array(const void* site, size_t bytes, size_t alignment) {
   auto array = std::find_if(state.shared.begin(), state.shared.end(),
                             [&](const SharedArray& a) { return a.site == site; });
   if (array == state.shared.end()) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 128, bytes) != 0) abort();
-    state.shared.push_back({site, static_cast<char*>(memory), bytes, false});
-    array = state.shared.end() - 1;
-    size_t all = 0;
+    size_t all = bytes;
     for (const SharedArray& each : state.shared) all += each.bytes;
     if (all > kMaxShared)
       fail_at(__builtin_return_address(0), "its shared arrays have " + std::to_string(all) +
                                                " bytes, more than " + std::to_string(kMaxShared));
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kMaxAlignment, alignment + bytes) != 0) abort();
+    state.shared.push_back({site, memory, static_cast<char*>(memory) + alignment, bytes, false});
+    IF_ADDRESS_SANITIZER(__asan_poison_memory_region(memory, alignment);)
+    array = state.shared.end() - 1;
   }
   if (!array->of_this_block) {
-    std::memset(array->memory, 0xff, bytes);
-    races::new_shared_array(array->memory, bytes);
+    std::memset(array->first, 0xff, bytes);
+    races::new_shared_array(array->first, bytes);
     array->of_this_block = true;
   }
-  return array->memory;
+  return array->first;
 }
 
 void block_barrier() {

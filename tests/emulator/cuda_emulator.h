@@ -36,7 +36,13 @@
 #define __constant__ static const
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
+#ifdef __SANITIZE_THREAD__
+// All that a kernel calls is inlined. The compiler does not report the access where a call takes or
+// returns an object of a class in memory, such as a __half.
+#define __global__ __attribute__((flatten))
+#else
 #define __global__
+#endif
 #define __host__
 #define __launch_bounds__(...)
 
@@ -44,7 +50,7 @@ namespace cuda_emulator {
 
 // Ends the launch: what the running thread does is a fault, at the code that called or at `code`.
 // May not throw, since the compiler believes that of the calls which -fsanitize=thread inserts.
-[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(const char* what);
 [[noreturn]] void fail_at(const void* code, const std::string& what);
 
 // One number of an index: unsigned, as in CUDA, but its sums and products may not wrap. C++ lets
@@ -104,8 +110,9 @@ void launch(const char* name, Size grid, Size block, cudaStream_t, Kernel kernel
   run(name, grid, block, [](void* it) { (*static_cast<Thread*>(it))(); }, &thread);
 }
 
-// The block's array declared at `site`: filled with NaN, an allocation of its own.
-void* shared_array(const void* site, size_t bytes);
+// The block's array declared at `site`: filled with NaN, an allocation of its own, and aligned no
+// better than asked.
+void* shared_array(const void* site, size_t bytes, size_t alignment);
 
 // Waits for all threads of the block.
 void block_barrier();
@@ -149,7 +156,8 @@ void set_seed(unsigned seed);
 
 #define LOSSOPS_SHARED(T, name, n) \
   static char name##_site;         \
-  T(&name)[n] = *static_cast<T(*)[n]>(cuda_emulator::shared_array(&name##_site, sizeof(T[n])))
+  T(&name)                         \
+  [n] = *static_cast<T(*)[n]>(cuda_emulator::shared_array(&name##_site, sizeof(T[n]), alignof(T)))
 
 inline const cuda_emulator::Index& threadIdx = cuda_emulator::position.thread;
 inline const cuda_emulator::Index& blockIdx = cuda_emulator::position.block;

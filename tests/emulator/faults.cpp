@@ -28,7 +28,9 @@ enum class Fault {
   kMissingLanes,
   kSignedIndex,
   kUnsignedIndex,
-  kTooMuchShared,
+  kShuffleOrders,
+  kOverlap,
+  kMisaligned,
 };
 
 constexpr int kThreads = 96, kWarps = kThreads / 32;
@@ -93,8 +95,10 @@ void check_row_lse(int64_t columns) {
 template <Fault FAULT>
 void check_row_lse() {
   for (int64_t columns : {1, 95, 1000}) check_row_lse<float, FAULT>(columns);
-  check_row_lse<__half, FAULT>(101);
-  check_row_lse<__nv_bfloat16, FAULT>(101);
+  if constexpr (FAULT == Fault::kNone) {
+    check_row_lse<__half, FAULT>(101);
+    check_row_lse<__nv_bfloat16, FAULT>(101);
+  }
 }
 
 // out (n): every warp's part reversed, each lane by way of shared memory.
@@ -147,6 +151,66 @@ void check_talk() {
   }
 }
 
+// What lane 0 writes comes to lane 2 by way of lane 1.
+template <Fault FAULT>
+__global__ void pass_on(int* out) {
+  LOSSOPS_SHARED(int, told, 1);
+  const int lane = threadIdx.x;
+  if (lane == 0) told[0] = 5;
+  if (lane < 2) __syncwarp(3u);
+  if (lane == 1 || lane == 2) {
+    if (FAULT == Fault::kShuffleOrders) {
+      __shfl_sync(6u, lane, 1);
+    } else {
+      __syncwarp(6u);
+    }
+  }
+  if (lane == 2) *out = told[0];
+}
+
+template <Fault FAULT>
+void check_pass_on() {
+  Buffer<int> out(1);
+  LOSSOPS_LAUNCH(pass_on<FAULT>, 1, 32, nullptr, out.data());
+  expect_near("told", out[0], 5, 0);
+}
+
+// bytes (n), out (n, 8): threads side by side, in units smaller and larger than a word.
+template <Fault FAULT>
+__global__ void side_by_side(uint8_t* bytes, __half* out) {
+  using Eight = lossops::Vector<__half>;
+  LOSSOPS_SHARED(Eight, values, 64);
+  const int i = static_cast<int>(threadIdx.x);
+  bytes[i] = static_cast<uint8_t>(i);
+  for (int j = 0; j < 8; ++j) values[8 * j + i / 8].element[i % 8] = __float2half_rn(8.0f * i + j);
+  __syncthreads();
+  Eight eight;
+  for (int j = 0; j < 8; ++j) eight.element[j] = values[8 * j + i / 8].element[i % 8];
+  reinterpret_cast<Eight*>(out + (FAULT == Fault::kMisaligned))[i] = eight;
+  if (FAULT == Fault::kOverlap && i == 0) out[15] = eight.element[0];
+}
+
+template <Fault FAULT>
+void check_side_by_side() {
+  Buffer<uint8_t> bytes(64);
+  Buffer<__half> out(64 * 8 + (FAULT == Fault::kMisaligned));
+  LOSSOPS_LAUNCH(side_by_side<FAULT>, 1, 64, nullptr, bytes.data(), out.data());
+  for (int i = 0; i < 64; ++i) expect_near("byte", bytes[i], i, 0);
+  for (int i = 0; i < 512; ++i) expect_near("half", to_float(out[i]), i, 0);
+}
+
+// A shared array is aligned as its type asks, and no better.
+__global__ void vectors_of_floats(float* out) {
+  LOSSOPS_SHARED(float, values, 128);
+  *reinterpret_cast<float4*>(&values[4 * threadIdx.x]) = {1.0f, 2.0f, 3.0f, 4.0f};
+  out[threadIdx.x] = values[4 * threadIdx.x + 3];
+}
+
+void check_vectors_of_floats() {
+  Buffer<float> out(32);
+  LOSSOPS_LAUNCH(vectors_of_floats, 1, 32, nullptr, out.data());
+}
+
 // out (R): the first element of each row of a matrix with rows far apart.
 template <Fault FAULT>
 __global__ void first_of_rows(const char* x, int stride, float* out) {
@@ -197,6 +261,8 @@ void check(unsigned, const std::string& name) {
       {"row_lse", check_row_lse<Fault::kNone>},
       {"reverse", check_reverse<Fault::kNone>},
       {"talk", check_talk<Fault::kNone>},
+      {"pass_on", check_pass_on<Fault::kNone>},
+      {"side_by_side", check_side_by_side<Fault::kNone>},
       {"first_of_rows", check_first_of_rows<Fault::kNone>},
       {"launches", check_launches},
       {"no barrier", check_row_lse<Fault::kNoBarrier>},
@@ -212,6 +278,10 @@ void check(unsigned, const std::string& name) {
       {"shuffle from outside the mask", check_talk<Fault::kLaneOutside>},
       {"shuffle by a lane not in its mask", check_talk<Fault::kLaneNotInMask>},
       {"shuffle that lanes miss", check_talk<Fault::kMissingLanes>},
+      {"order by a shuffle", check_pass_on<Fault::kShuffleOrders>},
+      {"overlapping vectors", check_side_by_side<Fault::kOverlap>},
+      {"misaligned vectors", check_side_by_side<Fault::kMisaligned>},
+      {"vectors of shared floats", check_vectors_of_floats},
       {"signed index overflow", check_first_of_rows<Fault::kSignedIndex>},
       {"unsigned index overflow", check_first_of_rows<Fault::kUnsignedIndex>},
       {"too much shared memory", [] { LOSSOPS_LAUNCH(fill_shared, 1, 1, nullptr); }},

@@ -182,11 +182,13 @@ void for_each_cell(uintptr_t address, size_t bytes, F f) {
   }
 }
 
-void touch(const void* pointer, size_t bytes, bool writes, const void* code) {
+void touch(const void* pointer, size_t bytes, size_t alignment, bool writes, const void* code) {
   if (running == kHost) return;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (state.ignored <= address && address < state.ignored_end) return;
   if (address - reinterpret_cast<uintptr_t>(&position) < sizeof(position)) return;
+  if (address % alignment != 0)
+    fail_at(code, "accesses " + std::to_string(bytes) + " bytes at a misaligned address");
   const Access now = {current_segment(),
                       static_cast<int32_t>(static_cast<const char*>(code) - &anchor)};
   for_each_cell(address, bytes, [&](Cell& cell, uintptr_t at) {
@@ -277,30 +279,28 @@ std::string place(const void* code) {
 // What -fsanitize=thread calls.
 extern "C" {
 
-#define ACCESSES(bytes)                                                        \
-  void __tsan_read##bytes(void* p) {                                           \
-    cuda_emulator::races::touch(p, bytes, false, __builtin_return_address(0)); \
-  }                                                                            \
-  void __tsan_write##bytes(void* p) {                                          \
-    cuda_emulator::races::touch(p, bytes, true, __builtin_return_address(0));  \
-  }                                                                            \
-  void __tsan_unaligned_read##bytes(void* p) {                                 \
-    cuda_emulator::races::touch(p, bytes, false, __builtin_return_address(0)); \
-  }                                                                            \
-  void __tsan_unaligned_write##bytes(void* p) {                                \
-    cuda_emulator::races::touch(p, bytes, true, __builtin_return_address(0));  \
+#define TOUCH(name, bytes, alignment, writes)                                              \
+  void __tsan_##name(void* p) {                                                            \
+    cuda_emulator::races::touch(p, bytes, alignment, writes, __builtin_return_address(0)); \
   }
-ACCESSES(1)
-ACCESSES(2)
-ACCESSES(4)
-ACCESSES(8)
-ACCESSES(16)
+#define ACCESSES(bytes, alignment)              \
+  TOUCH(read##bytes, bytes, alignment, false)   \
+  TOUCH(write##bytes, bytes, alignment, true)   \
+  TOUCH(unaligned_read##bytes, bytes, 1, false) \
+  TOUCH(unaligned_write##bytes, bytes, 1, true)
+ACCESSES(1, 1)
+ACCESSES(2, 2)
+ACCESSES(4, 4)
+ACCESSES(8, 8)
+ACCESSES(16, 8)  // a pair of doubles is no vector
+#undef ACCESSES
+#undef TOUCH
 
 void __tsan_read_range(void* p, size_t bytes) {
-  cuda_emulator::races::touch(p, bytes, false, __builtin_return_address(0));
+  cuda_emulator::races::touch(p, bytes, 1, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, size_t bytes) {
-  cuda_emulator::races::touch(p, bytes, true, __builtin_return_address(0));
+  cuda_emulator::races::touch(p, bytes, 1, true, __builtin_return_address(0));
 }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

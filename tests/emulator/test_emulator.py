@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import builder
 import pytest
 import torch
 from fixtures import build, emulator, loaded, run
 
-RIGHT = ("row_lse", "reverse", "talk", "first_of_rows", "launches")
+RIGHT = ["row_lse", "reverse", "talk", "pass_on", "side_by_side", "first_of_rows", "launches"]
 DIVERGES = "waits for ever in {}, which {} threads reach"
 UNWRITTEN = "reads shared memory that no thread of its block wrote"
 UNORDERED = r"race: {} what thread .* of block .* {} at faults.cpp:\d+, and nothing orders the two"
@@ -36,6 +37,10 @@ FAULTS = {
     },
     "shuffle by a lane not in its mask": {"races": "which is not in its mask"},
     "shuffle that lanes miss": {"races": DIVERGES.format("__shfl_sync", "16 of 48")},
+    "order by a shuffle": {"races": UNORDERED.format("reads", "wrote")},
+    "overlapping vectors": {"races": UNORDERED.format("writes", "wrote")},
+    "misaligned vectors": {"races": "at a misaligned address", "addresses": "misaligned address"},
+    "vectors of shared floats": {"addresses": "misaligned address"},
     "signed index overflow": {"addresses": "signed integer overflow"},
     "unsigned index overflow": {"races": OVERFLOW, "addresses": OVERFLOW},
     "too much shared memory": {"races": "56000 bytes, more than 49152"},
@@ -95,3 +100,20 @@ def test_op_refuses_what_does_not_fit(emulator):
         reverse(torch.empty(2, 9).double(), torch.empty(2, 9), True)
     with pytest.raises(RuntimeError, match=r"out must have shape \(2, 9\), got 2 dims, \(9, 2\)"):
         reverse(torch.empty(2, 9), torch.empty(9, 2), True)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("atomicAdd(out, 1.0f);", "deleted function"),
+        ("__shared__ float x[32]; *out = x[0];", "__shared__"),
+        ("*out = 1.0f;", ""),
+    ],
+)
+def test_what_kernels_may_not_use_does_not_compile(build, tmp_path, body, said):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(f'#include "cuda/device.h"\n__global__ void f(float* out) {{ {body} }}\n')
+    step = builder.compiled(source, "-fsyntax-only")
+    done = subprocess.run([*step.command, "/dev/null"], capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(said), done.stderr
+    assert said in done.stderr
