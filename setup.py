@@ -1,6 +1,6 @@
 """Builds the compiled modules of lossops; everything else about the package is in pyproject.toml.
 
-One source, ``csrc/cpu/*.cpp``, is compiled once for each CPU capability of torch's own dispatcher
+One source, ``csrc/cpu``, is compiled once for each CPU capability of torch's own dispatcher
 into a module of its own, ``lossops._cpu_<capability>``; ``lossops.backends`` chooses among them at
 run time, so a wheel built on one machine runs on another. ``LOSSOPS_BUILD`` says what is wanted.
 """
@@ -71,15 +71,16 @@ def cpu_module(capability: str, flags: list[str]) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension, include_paths
 
-    sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cpu/*.cpp"))
+    # primitives.cpp includes the others.
+    sources = ["csrc/cpu/module.cpp", "csrc/cpu/primitives.cpp"]
     # at::parallel_for is a header: without OpenMP in the including file it runs on one thread.
     # Apple's clang has none.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return CppExtension(
         f"lossops._cpu_{capability}",
-        [str(path) for path in sources],
+        sources,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")],
         define_macros=[
             ("CPU_CAPABILITY", capability.upper()),
             (f"CPU_CAPABILITY_{capability.upper()}", None),
