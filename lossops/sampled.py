@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lossops import cuda_rows
 from lossops.autograd import apply
 from lossops.binary import Binary, softplus
 from lossops.inputs import (
@@ -453,8 +454,12 @@ class IndexedProducts(torch.autograd.Function):
             each = (g.unsqueeze(2) * x.to(g.dtype).unsqueeze(1)).flatten(0, 1)
             drows = torch.zeros_like(rows, dtype=g.dtype).index_add(0, at.flatten(), each)
             return dx.to(x.dtype), drows.to(rows.dtype), None
-        dx = torch.empty_like(x)
         drows = torch.zeros_like(rows, dtype=g.dtype)
+        if cuda_rows.takes(x, rows):
+            sums = x.new_zeros(x.shape, dtype=g.dtype)
+            cuda_rows.add_targets(sums, drows, None, x, None, rows, at, g)
+            return sums.to(x.dtype), drows.to(rows.dtype), None
+        dx = torch.empty_like(x)
         for some in _blocks(at, x):
             weights = g[some].unsqueeze(2)
             dx[some] = (weights * rows[at[some]].to(g.dtype)).sum(1).to(x.dtype)
