@@ -11,9 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH  # another checkout must not be tested in the place of this one
 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+cuda_sources := $(wildcard csrc/cuda/* $(addprefix tests/emulator/,*.h *.cpp *.cu programs/*))
 built := .venv/built-$(LOSSOPS_BUILD)
 
-.PHONY: help demo test test-compiled test-interpreter gpu-check lint format build clean
+.PHONY: help demo test test-compiled test-emulator test-interpreter gpu-check lint format build clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -24,13 +25,16 @@ demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; A
 
 test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
 	pytest $(ARGS)
-	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled)
+	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled test-emulator)
 
 test-interpreter: $(built)  ## Run the GPU kernels in an interpreter that checks their memory
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest tests/interpreter
 
 test-compiled: $(built)  ## Compile the GPU kernels for every architecture, within their budgets
 	pytest tests/compiled
+
+test-emulator: $(built)  ## Run the CUDA kernels on the CPU, which checks their memory and threads
+	OMP_NUM_THREADS=1 pytest tests/emulator
 
 gpu-check: $(built)  ## Tests, memory checker and timings on a GPU, into gpu-check.txt
 	lossops-bench gpu-check
@@ -39,12 +43,12 @@ lint: .venv/dependencies  ## Check style, format and types
 	ruff check
 	ruff format --check
 	mypy
-	clang-format --dry-run -Werror $(sources)
+	clang-format --dry-run -Werror $(sources) $(cuda_sources)
 
 format: .venv/dependencies  ## Format the Python and C++ sources
 	ruff check --fix
 	ruff format
-	clang-format -i $(sources)
+	clang-format -i $(sources) $(cuda_sources)
 
 build: $(built)  ## Set up .venv and build the compiled modules in place
 

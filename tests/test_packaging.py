@@ -74,8 +74,8 @@ def test_sdist_holds_all_that_a_build_and_a_test_run_need(archives):
     wanted = (
         sources("lossops", "*.py", "*.pyi") | sources("bench", "*.py") | sources("tests", "*.py")
     )
-    wanted |= sources("csrc", "*.cpp", "*.h") | sources("kernels", "*.py", "*.md")
-    wanted |= sources("tests", "*.json")
+    wanted |= sources("csrc", "*.cpp", "*.cu", "*.h") | sources("kernels", "*.py", "*.md")
+    wanted |= sources("tests", "*.cpp", "*.cu", "*.h", "*.json")
     wanted |= {"lossops/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
     wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements-dev.txt", ".ci/run"}
     assert wanted - names == set()

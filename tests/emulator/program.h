@@ -1,0 +1,85 @@
+// What the programs of this folder share: memory of exactly the size that a kernel is told, numbers
+// to fill it, and comparisons with a plain loop.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.h"
+
+namespace program {
+
+// n elements in an allocation of their own, whose bytes are all ones: NaN, or -1.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(malloc(n * sizeof(T)))), n_(n) {
+    memset(static_cast<void*>(data_), 0xff, n * sizeof(T));
+  }
+  Buffer(int64_t n, T value) : Buffer(n) {
+    for (T& x : *this) x = value;
+  }
+  ~Buffer() { free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return data_; }
+  int64_t size() const { return n_; }
+  T* begin() { return data_; }
+  T* end() { return data_ + n_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+  int64_t n_;
+};
+
+inline std::mt19937_64 draw;
+
+// Normal numbers, rounded to the type.
+template <typename T>
+void fill_normal(Buffer<T>& buffer, float deviation = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, deviation);
+  for (T& x : buffer) x = lossops::from_float<T>(normal(draw));
+}
+
+// Ids in [0, end).
+inline void fill_ids(Buffer<int64_t>& buffer, int64_t end) {
+  std::uniform_int_distribution<int64_t> ids(0, end - 1);
+  for (int64_t& id : buffer) id = ids(draw);
+}
+
+inline void expect(bool holds, const std::string& what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+inline void expect_near(const std::string& name, double got, double wanted, double tolerance) {
+  if (got == wanted || (std::isnan(got) && std::isnan(wanted))) return;
+  expect(std::abs(got - wanted) <= tolerance * std::max(1.0, std::abs(wanted)),
+         name + " is " + std::to_string(got) + ", not " + std::to_string(wanted));
+}
+
+}  // namespace program
+
+// What a program does; `seed` is that of its numbers and of the order of blocks and threads. A
+// further argument is in `name`.
+void check(unsigned seed, const std::string& name);
+
+int main(int count, char** arguments) {
+  const auto seed = static_cast<unsigned>(count > 1 ? atoi(arguments[1]) : 0);
+  program::draw.seed(seed);
+  cuda_emulator::set_seed(seed);
+  try {
+    check(seed, count > 2 ? arguments[2] : "");
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
