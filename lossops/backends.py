@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -142,7 +142,7 @@ def _capability_objection(device: torch.device) -> str | None:
     if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     found = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return f"the Triton kernels need compute capability 8.0 or newer, {device} has {found}"
+    return f"the GPU kernels need compute capability 8.0 or newer, {device} has {found}"
 
 
 def _triton_objection(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -170,6 +170,55 @@ def _triton_primitives() -> ModuleType:
     return importlib.import_module("lossops_triton")
 
 
+@functools.cache
+def load_cuda_module() -> str | None:
+    """None once the CUDA kernels are torch ops, or the sentence that says why they are not."""
+    if hasattr(torch.ops.lossops_cuda, "logits_statistics"):  # the tests' emulator, say
+        return None
+    if torch.version.hip:
+        return "the CUDA kernels are compiled for NVIDIA GPUs; use 'triton'"
+    spec = importlib.util.find_spec("lossops._cuda")
+    if spec is None or spec.origin is None:
+        return f"no compiled CUDA kernels are installed; build them where nvcc is: {REBUILD}"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the compiled CUDA kernels do not load ({error}); rebuild them: {REBUILD}"
+    return None
+
+
+@functools.cache
+def _is_emulated() -> bool:
+    """Whether the CUDA kernels run in the tests' emulator, on CPU tensors."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return load_cuda_module() is None and has("lossops_cuda::logits_statistics", "CPU")
+
+
+def _cuda_objection(device: torch.device, dtype: torch.dtype) -> str | None:
+    if sentence := _any_dtype(device, dtype):
+        return sentence
+    if dtype == torch.float64:
+        return "the CUDA kernels compute in float32, got torch.float64; use 'reference'"
+    return _cuda_device_objection(device)
+
+
+def _cuda_device_objection(device: torch.device) -> str | None:
+    if sentence := load_cuda_module():
+        return sentence
+    if device.type == "cpu" and _is_emulated():
+        return None
+    if device.type != "cuda":
+        return f"the CUDA kernels run on CUDA tensors, got {device.type}"
+    return _capability_objection(device)
+
+
+_cuda_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cuda_primitives() -> ModuleType:
+    return importlib.import_module("lossops.cuda")
+
+
 def _reference_primitives() -> ModuleType:
     from lossops import reference
 
@@ -179,17 +228,25 @@ def _reference_primitives() -> ModuleType:
 BACKENDS: dict[str, Backend] = {
     "cpp": Backend("cpp", _cpp_objection, _cpp_primitives),
     "triton": Backend("triton", _triton_objection, _triton_primitives),
+    "cuda": Backend("cuda", _cuda_objection, _cuda_primitives),
     "reference": Backend("reference", _any_dtype, _reference_primitives),
 }
+# One sweep writes its logits to memory in any case; there the compiled kernels move the same bytes
+# as Triton's and need no compiler when a loss is first called. Triton's alone can do without
+# logits in memory, which the first of two sweeps is made of: csrc/README.md has the model.
+ONE_SWEEP = ("cpp", "cuda", "triton", "reference")
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def select(
+    name: str, device: torch.device, dtype: torch.dtype, order: Iterable[str] = BACKENDS
+) -> Backend:
     """The backend that runs this call.
 
     Args:
         name: ``"auto"`` or a key of ``BACKENDS``.
         device: device of the inputs.
         dtype: dtype of the inputs.
+        order: in which ``"auto"`` asks them. Default: that of ``BACKENDS``.
 
     Raises:
         ValueError: unknown name, or the named backend's objection.
@@ -204,7 +261,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if sentence := BACKENDS[name].objection(device, dtype):
             raise ValueError(f"backend {name!r} cannot run this call: {sentence}")
         return BACKENDS[name]
-    for backend in BACKENDS.values():
-        if backend.objection(device, dtype) is None:
-            return backend
+    for key in order:
+        if BACKENDS[key].objection(device, dtype) is None:
+            return BACKENDS[key]
     raise ValueError(f"no backend can run this call: {_any_dtype(device, dtype)}")

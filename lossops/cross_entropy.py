@@ -33,6 +33,7 @@ from lossops.inputs import (
 )
 from lossops.linear import (
     check_two_sweeps,
+    chosen_backend,
     planned_rows,
     reduced,
     row_factors,
@@ -176,7 +177,8 @@ def linear_cross_entropy(
             input and target (ids of all classes); the loss, and dx, are those of all classes on
             every rank. A DTensor w sharded by class names its group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
         outputs: further results of the same pass, among ``logsumexp``, ``log_prob``, ``entropy``
             (differentiable; two sweeps), ``argmax``, ``correct``; ``near_far``, a
             `lossops.NearFarReport` of what the gradients were (one sweep). Default: ``()``.
@@ -243,7 +245,6 @@ def linear_cross_entropy(
     )  # fmt: skip
     if shards is not None:
         check_target(task.ids, v)
-    chosen = backends.select(backend, head.x.device, head.x.dtype).name
     diff = (head.x, head.w, head.b, head.scale)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in diff)
     single = (
@@ -253,6 +254,7 @@ def linear_cross_entropy(
     )
     classes = None if shards is None else max(shards.counts)
     rows = planned_rows(head, opts, classes) if wants and single else None
+    chosen = chosen_backend(backend, head, one_sweep=rows is not None)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(
             "schedule='one_sweep' needs reduction 'mean' or 'sum', no differentiable outputs and "
@@ -349,7 +351,8 @@ def cross_entropy(
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
         label_smoothing: ε in [0, 1]. Default: ``0.0``.
         lse_square_scale: factor of the squared logsumexp. Default: ``0.0``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
         outputs: as in `linear_cross_entropy`, but for ``near_far``. Default: ``()``.
         inplace: overwrite ``logits`` with their gradient, which then needs no memory and allows
             one backward; for contiguous non-leaf ``logits``, a scalar loss. Default: ``False``.
@@ -386,7 +389,7 @@ def cross_entropy(
         target, lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
         lse_square_scale, outputs,
     )  # fmt: skip
-    chosen = backends.select(backend, z.device, z.dtype).name
+    chosen = backends.select(backend, z.device, z.dtype, backends.ONE_SWEEP).name
     spec = (task.ids, task.class_vector, task.teacher)
     if inplace:
         _check_inplace(logits, z, reduction, outputs, task.terms)
@@ -684,7 +687,8 @@ def linear_log_prob(
             coefficient of all rows. Default: ``None``.
         class_group: as in `linear_cross_entropy`. Default: ``None``.
         options: how it is computed. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         (...) float32 (float64 for float64 inputs), or ``(log_prob, entropy)``.

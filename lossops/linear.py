@@ -75,7 +75,8 @@ def linear_statistics(
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of all rows. Default: ``None``.
         options: how it is computed. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         RowStatistics with one value per row, shape (...), float32 (float64 for float64 inputs).
@@ -138,7 +139,7 @@ def head_statistics(
             raise ValueError(f"statistic {name!r} needs {argument}, got None; pass {argument}=")
     if teacher is not None and teacher.requires_grad:
         raise ValueError("teacher is not differentiated; pass teacher.detach()")
-    chosen = backends.select(backend, head.x.device, head.x.dtype).name
+    chosen = chosen_backend(backend, head)
     found = apply(
         LinearStatistics,
         head.x,
@@ -172,6 +173,18 @@ def collected(names: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
         raise TypeError(f"names must be a sequence of names, got {names!r}; write ({names!r},)")
     others = [n for n in names if n != "target"]
     return canonical(others if target is None else [*others, "target"])
+
+
+def chosen_backend(backend: str, head: HeadInputs, *, one_sweep: bool = False) -> str:
+    """Name of the backend of a call."""
+    order = backends.ONE_SWEEP if one_sweep and not head.near.on else tuple(backends.BACKENDS)
+    name = backends.select(backend, head.x.device, head.x.dtype, order).name
+    if name == "cuda" and head.near.on:
+        raise ValueError(
+            "backend 'cuda' cannot run this call: it has no kernels for near_threshold; use "
+            "'triton' or 'auto'"
+        )
+    return name
 
 
 def check_two_sweeps(head: HeadInputs, options: LinearLossOptions | None) -> None:
@@ -240,7 +253,8 @@ def linear_loss(
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of its chunk. Default: ``None``.
         options: schedule and memory. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -368,7 +382,7 @@ def swept_losses(
             "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', and neither "
             "torch.compile nor torch.func; use schedule='auto'"
         )
-    chosen = backends.select(backend, head.x.device, head.x.dtype).name
+    chosen = chosen_backend(backend, head, one_sweep=rows is not None)
     if rows is not None:
         once = list({id(p): p for p in parameters}.values())  # given twice it would count twice
         index = counted_rows(counted)

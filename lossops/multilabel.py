@@ -55,7 +55,8 @@ def linear_binary_cross_entropy(
         reduction: ``"mean"`` over rows by their weights, ``"sum"`` or ``"none"``.
             Default: ``'mean'``.
         logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -120,7 +121,8 @@ def linear_asymmetric_loss(
         clip: probability below which a negative counts nothing, in [0, 1). Default: ``0.05``.
         detach_focus: whether the factors m^γ⁻ and σ(-z)^γ⁺ are constants of the gradient, as in the
             authors' code. Default: ``True``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -182,7 +184,8 @@ def linear_cosine_contrastive_loss(
         reduction: ``"mean"`` over rows, ``"sum"`` or ``"none"``. Default: ``'mean'``.
         normalize: divide x and w by their norms first; False where they are unit vectors already.
             Default: ``True``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).

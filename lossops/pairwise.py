@@ -73,7 +73,8 @@ def sigmoid_pairwise_loss(
         batch_group: process group over whose ranks rows and columns are spread; ids in
             ``positives`` count the columns of all ranks. Default: ``None``.
         exchange: ``"ring"`` or ``"gather"``, see `lossops.distributed`. Default: ``'ring'``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (N,) for ``reduction="none"``; float32 (float64 for float64 inputs). With
@@ -168,7 +169,8 @@ def softmax_pairwise_loss(
         exchange: ``"ring"`` (both directions of the diagonal, no further negatives) or
             ``"gather"``. Default: ``'ring'``.
         options: schedule and memory of a single direction. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (N,) for ``reduction="none"``; float32 (float64 for float64 inputs). With

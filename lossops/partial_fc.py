@@ -71,7 +71,8 @@ class PartialFC(nn.Module):
             kept. Ranks add their number to the name. Default: ``None``.
         seed: names the sequence of samples. Default: ``0``.
         options: schedule and memory. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
         device: of the centres. Default: ``None``.
         dtype: of the centres. Default: ``None``.
 

@@ -89,7 +89,8 @@ def sampled_softmax_loss(
         sparse: whether the gradients of w and b are sparse tensors, for torch.optim.SGD, Adagrad,
             SparseAdam and `lossops.optim`; dense ones take V·D values. Default: ``True``.
         options: schedule and memory. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -176,7 +177,8 @@ def nce_loss(
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
         logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
         sparse: as in `sampled_softmax_loss`. Default: ``True``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -249,7 +251,8 @@ def negative_sampling_loss(
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
         logit_scale: factor of x·w, a number or a one-element tensor. Default: ``None``.
         sparse: as in `sampled_softmax_loss`. Default: ``True``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).

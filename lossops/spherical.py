@@ -102,8 +102,8 @@ def linear_spherical_loss(
             gram where N V >= D (N + V), which is where it takes fewer operations: for many
             classes from about D rows on. Default: ``'auto'``.
         options: schedule and memory of the sweep. Default: ``None``.
-        backend: of the sweep: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default:
-            ``'auto'``.
+        backend: of the sweep: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).
@@ -176,7 +176,8 @@ def spherical_loss(
         sample_weight: row weights, (...). Default: ``None``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 logits).
@@ -194,7 +195,7 @@ def spherical_loss(
     z = flat_logits(logits)
     lead, v = logits.shape[:-1], z.shape[1]
     ids = target_ids(target, logits, lead, v, ignore_index)
-    chosen = backends.select(backend, z.device, z.dtype).name
+    chosen = backends.select(backend, z.device, z.dtype, backends.ONE_SWEEP).name
     found = apply(LogitsStatistics, z, ids, None, None, list(NAMES), chosen)
     stats = RowStatistics(dict(zip(outputs(NAMES), found, strict=True)), v)
     losses = _from_statistics(partial(spherical_row_losses, loss_fn), stats, ids)

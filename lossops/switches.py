@@ -1,11 +1,12 @@
 """The environment switches of lossops: all of them, parsed here and nowhere else.
 
 ``LOSSOPS_BUILD``: what ``setup.py`` compiles.
-    ``auto`` (default): the CPU modules where torch and a C++ compiler are found, else nothing;
-    ``cpu``: the CPU modules, or an error; ``none``: nothing, a package of pure Python.
+    ``auto`` (default): the CPU modules where torch and a C++ compiler are found, and the CUDA
+    kernels where nvcc is found as well; ``cpu``: the CPU modules, or an error; ``cuda``: both, or
+    an error; ``none``: nothing, a package of pure Python.
 ``LOSSOPS_BACKEND``: the backend of calls that say ``backend="auto"``.
     ``auto`` (default): the first that can run the call; ``reference``; ``cpp``;
-    ``triton``.
+    ``triton``; ``cuda``.
 
 This module imports the standard library alone: ``setup.py`` runs it where there is no torch.
 """
@@ -13,8 +14,8 @@ This module imports the standard library alone: ``setup.py`` runs it where there
 import os
 
 CHOICES = {
-    "LOSSOPS_BUILD": ("auto", "cpu", "none"),
-    "LOSSOPS_BACKEND": ("auto", "reference", "cpp", "triton"),
+    "LOSSOPS_BUILD": ("auto", "cpu", "cuda", "none"),
+    "LOSSOPS_BACKEND": ("auto", "reference", "cpp", "triton", "cuda"),
 }
 
 

@@ -22,10 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lossops.gpu_layout import (
+    Kept,
+    bits,
+    dense,
+    dense_rows,
+    log_sums,
+    multiprocessors,
+    no_columns,
+)
 from lossops_triton import row
 from lossops_triton.configurations import Tile, tile_of
 from lossops_triton.elements import logit_map
-from lossops_triton.launch import aligned, dense, dense_rows, multiprocessors, on
+from lossops_triton.launch import aligned, on
 from lossops_triton.row import (
     STATE_ROWS,
     TEACHER,
@@ -36,7 +45,7 @@ from lossops_triton.row import (
     of_tile,
     store,
 )
-from lossops_triton.statistics import Kept, bits, log_sums, merge_states, no_columns
+from lossops_triton.statistics import merge_states
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,15 +13,6 @@ from torch import Tensor
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Launches inside go to the device, whichever is current."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Blocks of threads that run at once are a multiple of it; 2 where there is no GPU."""
-    if device.type != "cuda":
-        return 2
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def architecture() -> str:
@@ -52,16 +41,6 @@ def float32_precision() -> str:
     return "tf32x3" if architecture().startswith("sm_10") else "ieee"
 
 
-def dense_rows(t: Tensor) -> Tensor:
-    """A matrix whose rows are dense: t itself, or a copy."""
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
-
-
-def dense(t: Tensor | None) -> Tensor | None:
-    """A tensor without holes: t itself, or a copy."""
-    return None if t is None else t.contiguous()
-
-
 def aligned(*tensors: Tensor) -> bool:
     """Whether every row of every matrix begins at a multiple of 16 bytes."""
     return all(
@@ -83,17 +62,3 @@ def alike(t: Tensor, u: Tensor) -> bool:
 def misalignment(t: Tensor) -> int:
     """Elements between the 16-byte boundary before the first one and it."""
     return t.data_ptr() % 16 // t.element_size()
-
-
-def parts_of(rows: int, units: int, device: torch.device, blocks: int = 4) -> int:
-    """Into how many parts the classes are split, so that ``blocks`` programs a multiprocessor run.
-
-    A function of the sizes and the device alone: the same parts, the same bits.
-    """
-    wanted = blocks * multiprocessors(device)
-    return max(1, min(units, wanted // max(rows, 1)))
-
-
-def given(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Row vectors for a kernel, dense."""
-    return tuple(dense(t) for t in tensors)

@@ -1,35 +1,20 @@
-"""Losses over pairs: sums of single logits with both gradients, and log-sums by row and by column.
-
-Slabs of classes: products into float32, kernels on them, then the two products of the gradients.
-
-    binary             one kernel takes the sums of a row's negatives and leaves dz in their place:
-                       3 GEMMs, one read and one write a logit
-    row and column     log-sums of rows by the chunk's kernel, of columns by one of their own: two
-    log-sums           reads; then dz in place from both: 4 GEMMs
-"""
+"""Kernels of losses over pairs, on slabs of products: `lossops.gpu_pairs` has the sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossops.reference_pairs import target_logits
+from lossops.gpu_layout import Logits, dense
 from lossops_triton.chunk import edges, full_vectors, no_target, scale_of, vectors_from
 from lossops_triton.elements import addend, finite, logit_map
-from lossops_triton.launch import aligned, dense, given, misalignment, on
-from lossops_triton.linear import Sweep, can_pack, inside, slabs
+from lossops_triton.launch import aligned, misalignment, on
 from lossops_triton.statistics import (
     COLUMNS,
     ROWS,
     WARPS,
-    Logits,
     Split,
-    chunk_statistics,
-    no_columns,
     step,
 )
 
@@ -120,74 +105,27 @@ def _pair_terms(
     return tl.where(m_negative, value, 0.0), tl.where(m_negative, slope, 0.0)
 
 
-def linear_binary(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    target: Tensor | None,
-    weight: Tensor | None,
-    kind: str,
-    parameters: list[float],
-    row_factor: Tensor | None,
-    at_target: Tensor | None,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-) -> Tensor:
-    """Σ_{j ∉ P_i} a_j φ(z_ij), (N,), and the gradients of Σ_i f_i of them, in one sweep."""
-    p, q, detached = (*parameters, 0.0, 0.0, 0.0)[:3]
-    wants = not (dx is None and dw is None and db is None)
-    sweep = Sweep(x, w, scale, target, at_target, dx, dw, db)
-    sums = [x.new_zeros(x.shape[0], dtype=torch.float32)]
-    for tile, buffer in slabs(x, w):
-        # What db is the sum of is not rounded.
-        out = _room(buffer, x.dtype if db is None else buffer.dtype) if wants else None
-        own = torch.empty_like(sums[0])
-        _one_slab(
-            buffer, scale, None if b is None else b[tile],
-            None if target is None else inside(target, tile),
-            None if weight is None else weight[tile], kind, p, q, bool(detached), row_factor, own,
-            out,
-        )  # fmt: skip
-        sums.append(own)
-        if out is not None:
-            sweep.add(tile, out, None, None if db is None else out.sum(0))
-    sweep.finish()
-    return torch.stack(sums).sum(0)
-
-
-def _room(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where dz of a slab goes: over its products, in bfloat16 where these multiply as such."""
-    if dtype == torch.bfloat16 and can_pack(buffer):
-        return buffer.view(dtype)[:, : buffer.shape[1]]
-    return buffer
-
-
-def _one_slab(
-    buffer: Tensor,
-    scale: Tensor | None,
-    b: Tensor | None,
+def binary(
+    logits: Logits,
     ids: Tensor | None,
     weight: Tensor | None,
     kind: str,
-    p: float,
-    q: float,
-    detached: bool,
+    parameters: list[float],
     row_factor: Tensor | None,
     sums: Tensor,
     out: Tensor | None,
 ) -> None:
     """Sums (N,) of a slab's products (N, v), and dz into ``out``, the same memory, where given."""
-    ids = no_columns(ids)
+    buffer = logits.r
+    p, q, detached = (*parameters, 0.0, 0.0, 0.0)[:3]
     block, warps = step(buffer, kind in ("gumbel", "asymmetric"))
     split = Split.of(buffer, False, block)
     with on(buffer.device):
         binary_kernel[(buffer.shape[0],)](
-            buffer, buffer.stride(0), misalignment(buffer), scale, dense(b), ids,
+            buffer, buffer.stride(0), misalignment(buffer), logits.scale, dense(logits.b), ids,
             0 if ids is None else ids.shape[1], dense(weight), dense(row_factor), sums, out,
             0 if out is None else out.stride(0), buffer.shape[1], float(p), float(q),
-            KIND=KINDS[kind], DETACHED=detached, BLOCK=split.block, VEC=split.vector,
+            KIND=KINDS[kind], DETACHED=bool(detached), BLOCK=split.block, VEC=split.vector,
             ALIGNED=aligned(buffer if out is None else out),
             IN_PLACE=out is not None and out.dtype != buffer.dtype, num_warps=warps,
         )  # fmt: skip
@@ -305,64 +243,30 @@ def _pair_slope(
     return dz
 
 
-def linear_pair_statistics(
-    x: Tensor, w: Tensor, scale: Tensor | None, target: Tensor | None
-) -> list[Tensor]:
-    """Log-sums of the negatives by row and by column, from one sweep: `lossops.reference_pairs`."""
-    n, v = x.shape[0], w.shape[0]
-    column_shift = torch.zeros(v, dtype=torch.float32, device=x.device)
-    column_lse = torch.full_like(column_shift, -torch.inf)
-    none = torch.zeros(n, dtype=torch.float32, device=x.device)
-    shifts, sums = [none], [none - torch.inf]
-    for tile, buffer in slabs(x, w):
-        ids = None if target is None else no_columns(inside(target, tile))
-        # The names have no target: its logits are taken apart, in float32.
-        shift, lse = chunk_statistics(Logits(buffer, None, scale), ids, None, None, ("lse",))
-        shifts.append(shift)
-        sums.append(lse)
-        with on(buffer.device):
-            pair_columns_kernel[(triton.cdiv(buffer.shape[1], COLUMNS),)](
-                buffer, buffer.stride(0), scale, ids, 0 if ids is None else ids.shape[1],
-                column_shift[tile], column_lse[tile], n, buffer.shape[1], ROWS=ROWS, BLOCK=COLUMNS,
-                num_warps=4,
-            )  # fmt: skip
-    each, lse = torch.stack(shifts), torch.stack(sums)
-    top = each.masked_fill(lse == -torch.inf, -torch.inf).amax(0)
-    shift = torch.where(top.isfinite(), top, 0.0)
-    lse = (lse + (each - shift)).logsumexp(0)
-    at = x.new_empty(n, 0, dtype=torch.float32)
-    if target is not None and target.shape[1]:
-        at = target_logits(x, w, None, scale, target) - shift.unsqueeze(1)
-        at = at.masked_fill(target < 0, -torch.inf)
-    return [shift, lse, column_shift, column_lse, at]
+def pair_columns(logits: Logits, ids: Tensor | None, shift: Tensor, lse: Tensor) -> None:
+    """Log-sums (v,) of a slab's columns, into ``shift`` and ``lse``."""
+    r = logits.r
+    n, v = r.shape
+    with on(r.device):
+        pair_columns_kernel[(triton.cdiv(v, COLUMNS),)](
+            r, r.stride(0), logits.scale, ids, 0 if ids is None else ids.shape[1], shift, lse, n, v,
+            ROWS=ROWS, BLOCK=COLUMNS, num_warps=4,
+        )  # fmt: skip
 
 
-def linear_pair_gradient(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor | None,
-    target: Tensor | None,
-    statistics: Sequence[Tensor],
-    coefficients: Sequence[Tensor | None],
-    dx: Tensor | None,
-    dw: Tensor | None,
+def pair_gradient(
+    logits: Logits,
+    ids: Tensor | None,
+    row: tuple[Tensor, Tensor, Tensor | None],
+    column: tuple[Tensor, Tensor, Tensor | None],
+    out: Tensor,
 ) -> None:
-    """Gradients from both log-sums: `lossops.reference_pairs`."""
-    shift, lse, column_shift, column_lse, _ = given(statistics)
-    by_row, by_column, at_target = given(coefficients)
-    sweep = Sweep(x, w, scale, target, at_target, dx, dw, None)
-    for tile, buffer in slabs(x, w):
-        ids = None if target is None else no_columns(inside(target, tile))
-        out = _room(buffer, x.dtype)
-        split = Split.of(buffer, False)
-        with on(buffer.device):
-            pair_gradient_kernel[(buffer.shape[0],)](
-                buffer, buffer.stride(0), misalignment(buffer), scale, ids,
-                0 if ids is None else ids.shape[1], (shift, lse),
-                (column_shift[tile], column_lse[tile]), by_row,
-                None if by_column is None else by_column[tile], out, out.stride(0),
-                buffer.shape[1], BLOCK=split.block, VEC=split.vector, ALIGNED=aligned(buffer, out),
-                IN_PLACE=out.dtype != buffer.dtype, num_warps=WARPS,
-            )  # fmt: skip
-        sweep.add(tile, out, None, None)
-    sweep.finish()
+    """dz of a slab's products into ``out``, the same memory."""
+    r, split = logits.r, Split.of(logits.r, False)
+    with on(r.device):
+        pair_gradient_kernel[(r.shape[0],)](
+            r, r.stride(0), misalignment(r), logits.scale, ids,
+            0 if ids is None else ids.shape[1], row[:2], column[:2], row[2], column[2], out,
+            out.stride(0), r.shape[1], BLOCK=split.block, VEC=split.vector,
+            ALIGNED=aligned(r, out), IN_PLACE=out.dtype != r.dtype, num_warps=WARPS,
+        )  # fmt: skip

@@ -23,28 +23,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lossops.gpu_layout import BITS, FLOAT_ROWS
 from lossops_triton.elements import finite, softplus, stable
 
 # A set is written BIT & names, the constexpr first: the interpreter has plain integers.
-LSE = tl.constexpr(1)
-ENTROPY = tl.constexpr(2)
-VARIANCE = tl.constexpr(4)
-MAX = tl.constexpr(8)
-RUNNER_UP = tl.constexpr(16)
-BELOW_TARGET = tl.constexpr(32)
-SUM = tl.constexpr(64)
-SUMSQ = tl.constexpr(128)
-SOFTPLUS = tl.constexpr(256)
-STABLE_SUM = tl.constexpr(512)
-WEIGHTED_SUM = tl.constexpr(1024)
-TEACHER = tl.constexpr(2048)
+LSE = tl.constexpr(BITS["lse"])
+ENTROPY = tl.constexpr(BITS["entropy"])
+VARIANCE = tl.constexpr(BITS["variance"])
+MAX = tl.constexpr(BITS["max"])
+RUNNER_UP = tl.constexpr(BITS["runner_up"])
+BELOW_TARGET = tl.constexpr(BITS["below_target"])
+SUM = tl.constexpr(BITS["sum"])
+SUMSQ = tl.constexpr(BITS["sumsq"])
+SOFTPLUS = tl.constexpr(BITS["softplus"])
+STABLE_SUM = tl.constexpr(BITS["stable_sum"])
+WEIGHTED_SUM = tl.constexpr(BITS["weighted_sum"])
+TEACHER = tl.constexpr(BITS["teacher"])
 
-# Rows of the outputs of `finish`; log sums follow.
-FLOAT_ROWS = (
-    "shift", "lse", "mean", "variance", "max", "runner_up", "below_target", "average", "moment",
-    "softplus", "stable_sum", "weighted_sum", "teacher",
-)  # fmt: skip
-ID_ROWS = ("argmax", "runner_up_index", "below_target_index")
+# Rows of the outputs of `finish` are those of lossops/gpu_layout.py; log sums follow.
 LOG_SUMS_FROM = tl.constexpr(len(FLOAT_ROWS))
 
 # Rows of a stored state: all floats of it, two for each log sum at the end; and the ids.

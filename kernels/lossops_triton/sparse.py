@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossops_triton.launch import dense_rows, float32_precision, on
+from lossops.gpu_layout import dense_rows
+from lossops_triton.launch import float32_precision, on
 
 CLASSES = 64  # of a step of far sums
 # Of steps and tiles of near products: two programs a multiprocessor, no spills.

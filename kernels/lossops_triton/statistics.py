@@ -9,7 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
-from lossops.statistics import is_log_sum, limit, outputs, temperature
+from lossops.gpu_layout import (
+    Kept,
+    Logits,
+    Spec,
+    bits,
+    dense,
+    dense_rows,
+    log_sums,
+    no_columns,
+    parts_of,
+)
 from lossops_triton import row
 from lossops_triton.chunk import (
     chunk_gradient_kernel,
@@ -18,89 +28,11 @@ from lossops_triton.chunk import (
     merge_kernel,
 )
 from lossops_triton.configurations import RICH
-from lossops_triton.launch import (
-    aligned,
-    alike,
-    dense,
-    dense_rows,
-    given,
-    misalignment,
-    on,
-    parts_of,
-    warp_size,
-)
+from lossops_triton.launch import aligned, alike, misalignment, on, warp_size
 
 BLOCK = 4096  # logits a step of a chunk kernel; 16 a thread of 256
 WARPS = 8
 ROWS, COLUMNS = 32, 128  # a step of a kernel over columns
-BITS = {
-    "lse": row.LSE, "entropy": row.ENTROPY, "variance": row.VARIANCE, "max": row.MAX,
-    "runner_up": row.RUNNER_UP, "below_target": row.BELOW_TARGET, "sum": row.SUM,
-    "sumsq": row.SUMSQ, "softplus": row.SOFTPLUS, "stable_sum": row.STABLE_SUM,
-    "weighted_sum": row.WEIGHTED_SUM, "teacher": row.TEACHER,
-}  # fmt: skip
-
-
-class Logits(NamedTuple):
-    """Products r (N, V) in memory, and the map from them to z."""
-
-    r: Tensor
-    b: Tensor | None = None
-    scale: Tensor | None = None
-    softcap: float = 0.0
-
-
-class Kept(NamedTuple):
-    """Where a kernel puts what it finds, and how a statistic is taken from there."""
-
-    names: tuple[str, ...]
-    values: Tensor  # (rows, N) float32
-    ids: Tensor  # (3, N) int64
-    at_target: Tensor | None  # (N, K)
-
-    @staticmethod
-    def room(names: Sequence[str], n: int, target: Tensor | None, device: torch.device) -> Kept:
-        log_sums = sum(is_log_sum(name) for name in names)
-        rows = len(row.FLOAT_ROWS) + log_sums
-        at_target = None
-        if "target" in names and target is not None:
-            at_target = torch.empty(target.shape, dtype=torch.float32, device=device)
-        return Kept(
-            tuple(names),
-            torch.empty(rows, n, dtype=torch.float32, device=device),
-            torch.empty(3, n, dtype=torch.int64, device=device),
-            at_target,
-        )
-
-    def listed(self) -> list[Tensor]:
-        """In the order of ``outputs(names)``."""
-        return [self._of(name) for name in outputs(self.names)]
-
-    def _of(self, output: str) -> Tensor:
-        if output == "target":
-            assert self.at_target is not None
-            return self.at_target.sub_(self.values[0].unsqueeze(1))
-        if output in row.ID_ROWS:
-            return self.ids[row.ID_ROWS.index(output)]
-        if output in row.FLOAT_ROWS:
-            return self.values[row.FLOAT_ROWS.index(output)]
-        order = [name for name in self.names if is_log_sum(name)]
-        return self.values[len(row.FLOAT_ROWS) + order.index(output)]
-
-
-def bits(names: Sequence[str]) -> int:
-    """The set of row.py for names of statistics."""
-    return sum(BITS[name].value for name in names if name in BITS)
-
-
-def log_sums(names: Sequence[str]) -> tuple[tuple[float, float], ...]:
-    """(temperature, limit) of the log sums among the names."""
-    return tuple((temperature(name), limit(name)) for name in names if is_log_sum(name))
-
-
-def no_columns(target: Tensor | None) -> Tensor | None:
-    """None for a target without columns."""
-    return None if target is None or not target.shape[1] else target.contiguous()
 
 
 class Split(NamedTuple):
@@ -190,43 +122,6 @@ def merge_states(
         floats, numbers, kept.values, kept.ids, n, PARTS=floats.shape[0], FLAGS=flags,
         LOG_SUMS=sums, ROWS=rows, num_warps=2,
     )  # fmt: skip
-
-
-ROW_STATISTICS = (
-    "shift", "lse", "mean", "variance", "average", "argmax", "runner_up_index",
-    "below_target_index",
-)  # fmt: skip
-ROW_COEFFICIENTS = (
-    "lse", "mean", "variance", "softplus", "stable_sum", "average", "moment", "weighted_sum",
-    "teacher", "max", "runner_up", "below_target",
-)  # fmt: skip
-
-
-class Spec(NamedTuple):
-    """What a gradient is made of, as in `lossops.reference`."""
-
-    target: Tensor | None
-    class_vector: Tensor | None
-    teacher: Tensor | None
-    names: Sequence[str]
-    statistics: Sequence[Tensor]
-    coefficients: Sequence[Tensor | None]
-
-    def arguments(self) -> tuple[object, ...]:
-        """From the targets to the coefficients of log sums, for a kernel."""
-        stat = dict(zip(outputs(self.names), self.statistics, strict=True))
-        coef = dict(zip(outputs(self.names), self.coefficients, strict=True))
-        every = [name for name in self.names if is_log_sum(name)]
-        ids = no_columns(self.target)
-        teacher = None if coef.get("teacher") is None else self.teacher
-        taught = None if teacher is None else dense_rows(teacher)
-        return (
-            ids, 0 if ids is None else ids.shape[1], dense(self.class_vector), taught,
-            0 if taught is None else taught.stride(0),
-            given([stat.get(name) for name in ROW_STATISTICS]),
-            given([coef.get(name) for name in ROW_COEFFICIENTS]),
-            given([stat[name] for name in every]), given([coef[name] for name in every]),
-        )  # fmt: skip
 
 
 def chunk_gradient(

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lossops_triton.launch import dense_rows, on
+from lossops.gpu_layout import dense_rows
+from lossops_triton.launch import on
 
 BLOCK = 1024  # features of a program, 4 warps of two 16-byte vectors of half precision
 

@@ -31,7 +31,9 @@ HEAD: Keywords = {
     ),
     "softcap": Keyword(float | None, None, "logits become softcap·tanh(z / softcap)."),
     "options": Keyword(LinearLossOptions | None, None, "schedule and memory."),
-    "backend": Keyword(str, "auto", '``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``.'),
+    "backend": Keyword(
+        str, "auto", '``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.'
+    ),
 }
 """What `lossops.linear_loss` takes, too."""
 

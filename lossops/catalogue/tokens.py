@@ -220,7 +220,8 @@ def min_k_scores(
         ignore_index: target id of what is no token. Default: ``-100``.
         logit_scale: factor of x·w. Default: ``None``.
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
-        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+            Default: ``'auto'``.
 
     Returns:
         Scores (...), higher for texts that were seen; float32 (float64 for float64 inputs).

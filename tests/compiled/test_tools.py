@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lossops.gpu_layout import Logits
 from lossops_bench.kernels.devices import occupancy
 from lossops_bench.kernels.facts import facts_of
 from lossops_bench.kernels.launches import Case, compiled, gradient_spec
@@ -17,7 +18,7 @@ from lossops_bench.kernels.listing import of_gcn, of_sass, sass
 from lossops_bench.kernels.offline import pretending
 from lossops_bench.kernels.report import Row, budget_of, regressions, table
 from lossops_triton.launch import architecture, float32_precision
-from lossops_triton.statistics import Logits, chunk_gradient
+from lossops_triton.statistics import chunk_gradient
 
 
 @pytest.mark.parametrize(

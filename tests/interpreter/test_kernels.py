@@ -32,11 +32,12 @@ from test_pairs import KINDS, binary_of, padded, pair_gradient_of
 from torch import Tensor
 
 import lossops_triton
-from lossops import near_far, reference, reference_pairs
+from lossops import gpu_linear, near_far, reference, reference_pairs
 from lossops.binary import negative_slope
+from lossops.gpu_layout import Logits, Spec
 from lossops.reference import accumulate_dtype
 from lossops.statistics import canonical, outputs
-from lossops_triton import configurations, fused, linear, statistics, targets
+from lossops_triton import configurations, fused, statistics, targets
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -90,7 +91,7 @@ def rounding_reference(dtype: torch.dtype) -> Any:
 
 def budget_of(case: Case, packs: bool = True) -> Any:
     """The reference that a case is measured by; ``packs``: whether its buffer can hold halves."""
-    unbounded = case.dtype == torch.float16 and set(linear.UNBOUNDED) & set(case.outs)
+    unbounded = case.dtype == torch.float16 and set(gpu_linear.UNBOUNDED) & set(case.outs)
     if case.dtype in HALF and packs and not unbounded:
         return rounding_reference(case.dtype)
     return reference
@@ -272,12 +273,12 @@ def huge() -> np.ndarray:
 def test_logits_more_than_2_31_elements_apart(huge: np.ndarray) -> None:
     case = Case(3, 9, 131, 1, torch.float32)
     x, w, _, _, _, target, a, teacher = case.args
-    logits = statistics.Logits(torch.empty(3, 144)[:, :131].copy_(x @ w.T))
-    far = statistics.Logits(far_rows(logits.r, huge))
+    logits = Logits(torch.empty(3, 144)[:, :131].copy_(x @ w.T))
+    far = Logits(far_rows(logits.r, huge))
     found = []
     for these in (logits, far):
         values = statistics.chunk_statistics(these, target, a, teacher, case.names)
-        spec = statistics.Spec(target, a, teacher, case.names, values, case.coefficient_list())
+        spec = Spec(target, a, teacher, case.names, values, case.coefficient_list())
         db = torch.empty(131)
         statistics.column_sums(these, spec, db, False)
         statistics.chunk_gradient(these, spec, these.r)
@@ -474,7 +475,7 @@ def pair_inputs(
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs of 256 classes."""
-    monkeypatch.setattr(linear, "SLAB_BYTES", 1)
+    monkeypatch.setattr(gpu_linear, "SLAB_BYTES", 1)
 
 
 # Each kind in each dtype; one pair; several slabs of classes.

@@ -12,20 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lossops.gpu_layout import Logits, Spec
 from lossops.statistics import STATISTICS, canonical, outputs
 from lossops_bench.kernels.facts import Facts, facts_of
 from lossops_bench.kernels.offline import Launch, pretending, target_of
+from lossops_triton import linear_binary, linear_pair_gradient, linear_pair_statistics
 from lossops_triton.fused import fused_statistics
-from lossops_triton.pairs import (
-    KINDS,
-    linear_binary,
-    linear_pair_gradient,
-    linear_pair_statistics,
-)
+from lossops_triton.pairs import KINDS
 from lossops_triton.sparse import far_sums, near_products
 from lossops_triton.statistics import (
-    Logits,
-    Spec,
     chunk_gradient,
     chunk_statistics,
     column_sums,
