@@ -66,33 +66,6 @@ def load_cpu_module() -> ModuleType | str:
     )
 
 
-def load_cuda_module() -> str | None:
-    """None where the ops of lossops_cuda are there, otherwise the sentence that says why not."""
-    if hasattr(torch.ops.lossops_cuda, "normalized_rows"):
-        return None
-    return "the CUDA kernels are not built"
-
-
-def _cuda_device_type() -> str:
-    """What tensors the loaded kernels run on: of a GPU, or of the CPU where they are emulated."""
-    emulated = torch._C._dispatch_has_kernel_for_dispatch_key(
-        "lossops_cuda::normalized_rows", "CPU"
-    )
-    return "cpu" if emulated else "cuda"
-
-
-def cuda_objection(device: torch.device) -> str | None:
-    """Why the ops of lossops_cuda cannot run on tensors of a device, a sentence, or None."""
-    if sentence := load_cuda_module():
-        return sentence
-    if device.type != _cuda_device_type():
-        return f"the CUDA kernels run on CUDA tensors, got {device.type}"
-    return None
-
-
-cuda_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _any_dtype(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype in DTYPES:
         return None

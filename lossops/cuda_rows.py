@@ -10,19 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lossops import backends
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from lossops import backends, switches
 
 
 def takes(*tables: Tensor) -> bool:
     """Whether the kernels run on these matrices, or vectors, as they are stored."""
     return all(
-        t.dtype in DTYPES
-        and (t.ndim < 2 or t.stride(-1) == 1 or t.shape[-1] <= 1)
-        and backends.cuda_objection(t.device) is None
+        runs_on(t.device, t.dtype) and (t.ndim < 2 or t.stride(-1) == 1 or t.shape[-1] <= 1)
         for t in tables
     )
+
+
+def runs_on(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels run there, and LOSSOPS_BACKEND asks for no others."""
+    wanted = switches.default_backend() in ("auto", "cuda", "triton")
+    return wanted and backends.BACKENDS["cuda"].objection(device, dtype) is None
 
 
 def normalized_rows(table: Tensor, ids: Tensor, eps: float) -> tuple[Tensor, Tensor]:
