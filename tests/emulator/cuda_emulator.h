@@ -36,13 +36,19 @@
 #define __constant__ static const
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
-// All that a kernel calls is inlined, as nvcc does it. -fsanitize=thread needs that: it does not
-// see the access where a call takes or returns an object of a class in memory, such as a __half.
+#ifdef __SANITIZE_THREAD__
+// All that a kernel calls is inlined. The compiler does not report the access where a call takes or
+// returns an object of a class in memory, such as a __half.
 #define __global__ __attribute__((flatten))
+#else
+#define __global__
+#endif
 #define __host__
 #define __launch_bounds__(...)
 
 namespace cuda_emulator {
+
+constexpr unsigned kWarp = 32;
 
 // Ends the launch: what the running thread does is a fault, at the code that called or at `code`.
 // May not throw, since the compiler believes that of the calls which -fsanitize=thread inserts.
@@ -159,7 +165,7 @@ inline const cuda_emulator::Index& threadIdx = cuda_emulator::position.thread;
 inline const cuda_emulator::Index& blockIdx = cuda_emulator::position.block;
 inline const cuda_emulator::Index& blockDim = cuda_emulator::position.block_dim;
 inline const cuda_emulator::Index& gridDim = cuda_emulator::position.grid_dim;
-constexpr int warpSize = 32;
+constexpr int warpSize = cuda_emulator::kWarp;
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
