@@ -32,7 +32,7 @@ from lossops.margins import CosFace, Margin
 from lossops.reference_sampling import stream_key
 from lossops.row_optim import mapped
 from lossops.rows import select_normalized_rows
-from lossops.samplers import sample_keeping
+from lossops.samplers import positions, sample_keeping
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.shards import shards_of
 from lossops.statistics import RowStatistics, canonical, outputs
@@ -173,8 +173,7 @@ class PartialFC(nn.Module):
                             ids - self.shards.first, -1)  # fmt: skip
         if self.sample_rate < 1:
             sample = self._sampled(local, step)
-            place = torch.searchsorted(sample, local).clamp_max(sample.shape[0] - 1)
-            local = torch.where(local < 0, -1, place)
+            local = positions(sample, local)
         else:
             sample = None
         rows = select_normalized_rows(self.weight, sample, sparse=self.sparse, device=x.device)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lossops import cuda_rows
 from lossops.rows import keep_up_to_date, primitives
 
 SKIPPED = ("lazy", "exact")
@@ -314,6 +315,9 @@ def _restore(
 def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
     """Rising distinct ids (S,) and gradients (S, D) of the rows that have one.
 
+    As they were given where the CUDA kernels take them: these sort, and add up ids that repeat,
+    while the number of distinct ids would have to be waited for.
+
     Raises:
         ValueError: a parameter that is no table of rows.
     """
@@ -325,6 +329,8 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not grad.is_sparse:
         return torch.arange(p.shape[0], device=p.device), grad
+    if grad.sparse_dim() == 1 and primitives(p) is cuda_rows:
+        return grad._indices()[0], grad._values()
     grad = coalesced(p)
     return grad.indices()[0].contiguous(), grad.values()
 

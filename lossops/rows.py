@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lossops import backends, reference_rows
+from lossops import backends, cuda_rows, reference_rows
 from lossops.autograd import apply
 
 EPS = 1e-12
@@ -81,6 +81,8 @@ def select_normalized_rows(
 
 def scattered(ids: Tensor, rows: Tensor, table: Tensor, sparse: bool, distinct: bool) -> Tensor:
     """The gradient of ``table`` that has ``rows`` at ``ids``, zero elsewhere."""
+    if not sparse and cuda_rows.takes(table):  # where index_add_ would add in order of arrival
+        return cuda_rows.scattered(ids, rows, table, distinct)
     if not sparse:
         dense = torch.zeros_like(table, memory_format=torch.contiguous_format)
         return dense.index_add_(0, ids, rows)
@@ -128,5 +130,7 @@ class NormalizedRows(torch.autograd.Function):
 
 def primitives(table: Tensor) -> Any:
     """The compiled functions of `lossops.reference_rows` where they run, else those."""
+    if cuda_rows.takes(table):
+        return cuda_rows
     backend = backends.select("auto", table.device, table.dtype)
     return backend.primitives() if backend.name == "cpp" else reference_rows

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lossops import cuda_draws, cuda_rows
 from lossops.autograd import apply
 from lossops.binary import Binary, softplus
 from lossops.inputs import (
@@ -36,7 +37,7 @@ from lossops.linear import reduced, row_factors, swept_losses
 from lossops.pairs import binary_loss
 from lossops.reference import accumulate_dtype, row_blocks
 from lossops.rows import select_rows
-from lossops.samplers import SampledClasses
+from lossops.samplers import SampledClasses, positions
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.statistics import canonical, outputs
 
@@ -350,17 +351,13 @@ class _Call(NamedTuple):
             if subtract_log_q:
                 negative = negative - log_expected.to(acc)
             if remove_accidental_hits:
-                hit = (drawn.unsqueeze(2) == ids.unsqueeze(1)).any(2)
-                negative = negative.masked_fill(hit, -torch.inf)
+                negative = negative.masked_fill(_hits(drawn, ids), -torch.inf)
             return _Call(ids, lead, positive, None, None, None, negative, weights, divisor)
         column_bias = biases[0]
         if subtract_log_q:
             column_bias = _plus(column_bias, -log_expected.to(acc))
         columns = HeadInputs(head.x, parts[0], column_bias, head.scale, 0.0, lead)
-        hits = None
-        if remove_accidental_hits:
-            place = torch.searchsorted(sampled, ids).clamp_max(sampled.shape[0] - 1)
-            hits = torch.where((sampled[place] == ids) & (ids >= 0), place, -1)
+        hits = positions(sampled, ids) if remove_accidental_hits else None
         return _Call(ids, lead, positive, columns, hits, repeats, None, weights, divisor)
 
 
@@ -405,6 +402,13 @@ def _distinct(ids: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor | N
     if ids.device.type == "cpu":
         return ids[new], expected[new], counts[new]
     return ids, expected, counts
+
+
+def _hits(drawn: Tensor, ids: Tensor) -> Tensor:
+    """Whether each of ``drawn`` (N, S) is one of the targets (N, K) of its row."""
+    if cuda_rows.runs_on(drawn.device):
+        return cuda_draws.hits(drawn, ids)
+    return (drawn.unsqueeze(2) == ids.unsqueeze(1)).any(2)
 
 
 def _plus(bias: Tensor | None, more: Tensor) -> Tensor:
@@ -456,8 +460,12 @@ class IndexedProducts(torch.autograd.Function):
             each = (g.unsqueeze(2) * x.to(g.dtype).unsqueeze(1)).flatten(0, 1)
             drows = torch.zeros_like(rows, dtype=g.dtype).index_add(0, at.flatten(), each)
             return dx.to(x.dtype), drows.to(rows.dtype), None
-        dx = torch.empty_like(x)
         drows = torch.zeros_like(rows, dtype=g.dtype)
+        if cuda_rows.takes(x, rows):
+            sums = x.new_zeros(x.shape, dtype=g.dtype)
+            cuda_rows.add_targets(sums, drows, None, x, None, rows, at, g)
+            return sums.to(x.dtype), drows.to(rows.dtype), None
+        dx = torch.empty_like(x)
         for some in _blocks(at, x):
             weights = g[some].unsqueeze(2)
             dx[some] = (weights * rows[at[some]].to(g.dtype)).sum(1).to(x.dtype)

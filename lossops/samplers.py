@@ -7,13 +7,14 @@ arithmetic.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lossops import backends, reference_sampling
+from lossops import backends, cuda_draws, cuda_rows, reference_sampling
 from lossops.inputs import check_tensor
 from lossops.reference_sampling import stream_key
 
@@ -64,18 +65,20 @@ class _Sampler:
         """
         if step is None:
             step, self.step = self.step, self.step + 1
-        ids, tries = self._draw(stream_key(self.seed, step))
+        if target is not None:
+            check_tensor("target", target)
+        device = None if target is None else target.device
+        ids, tries = self._draw(stream_key(self.seed, step), device)
         ids = ids.sort().values
         expected = self._log_expected(ids, tries).float()
         if target is None:
             return SampledClasses(ids, expected)
-        check_tensor("target", target)
-        # All of it is made on the CPU and sent: a device is never waited for.
-        ids, expected = ids.to(target.device), expected.to(target.device)
-        known = target.long().clamp(0, self.num_classes - 1)
-        at = torch.searchsorted(ids, known).clamp_max(ids.shape[0] - 1)
-        position = torch.where((ids[at] == known) & (known == target), at, -1)
-        return SampledClasses(ids, expected, self._log_expected(known, tries).float(), position)
+        # What is made on the CPU is sent: a device is never waited for.
+        ids, expected = ids.to(device), expected.to(device)
+        wanted = target.long()
+        known = wanted.clamp(0, self.num_classes - 1)
+        log_expected = self._log_expected(known, tries).float()
+        return SampledClasses(ids, expected, log_expected, positions(ids, wanted))
 
     def per_row(self, target: Tensor, step: int | None = None) -> SampledClasses:
         """Classes of its own for every row, drawn with replacement.
@@ -91,8 +94,8 @@ class _Sampler:
             step, self.step = self.step, self.step + 1
         check_tensor("target", target)
         shape = (target.shape[0], self.num_samples)
-        ids = self._draw_any(stream_key(self.seed, step), shape[0] * shape[1]).reshape(shape)
-        ids = ids.to(target.device)
+        key, num = stream_key(self.seed, step), shape[0] * shape[1]
+        ids = self._draw_any(key, num, target.device).to(target.device).reshape(shape)
         known = target.long().clamp(0, self.num_classes - 1)
         expected = (self._log_expected(t, self.num_samples).float() for t in (ids, known))
         return SampledClasses(ids, *expected)
@@ -105,22 +108,61 @@ class _Sampler:
         """Go on where the sampler of ``state`` was."""
         self.step = int(state["step"])
 
-    def _draw(self, key: int) -> tuple[Tensor, int]:
+    # Ids are drawn on the device where the CUDA kernels run there, else on the CPU; how many draws
+    # were made for distinct ones is then a number on the device.
+
+    def _draw(self, key: int, device: torch.device | None) -> tuple[Tensor, int | Tensor]:
         raise NotImplementedError
 
-    def _draw_any(self, key: int, num: int) -> Tensor:
+    def _draw_any(self, key: int, num: int, device: torch.device | None) -> Tensor:
         raise NotImplementedError
 
-    def _log_expected(self, ids: Tensor, tries: int) -> Tensor:
+    def _log_expected(self, ids: Tensor, tries: int | Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _drawn(self, found: tuple[Tensor, int], most: int) -> tuple[Tensor, int]:
-        if found[1] < 0:
-            raise RuntimeError(
-                f"{most} draws did not give {self.num_samples} distinct classes of "
-                f"{self.num_classes}; ask for fewer samples, or pass unique=False"
-            )
-        return found
+
+class _Repeating(_Sampler):
+    """What samplers share whose draws may repeat an id."""
+
+    unique: bool
+
+    def _draw(self, key: int, device: torch.device | None) -> tuple[Tensor, int | Tensor]:
+        num, found = self.num_samples, primitives(device)
+        if not self.unique:
+            return self._drawn(found, key, num, False, num)
+        sentence = (
+            f"{_most_draws(num)} draws did not give {num} distinct classes of "
+            f"{self.num_classes}; ask for fewer samples, or pass unique=False"
+        )
+        most = _most_draws(num)
+        if isinstance(found, cuda_draws.DeviceDraws):
+            if self._enough > most:
+                raise RuntimeError(sentence)
+            ids, tries = self._drawn(found, key, num, True, self._enough)
+            assert isinstance(tries, Tensor)
+            torch._assert_async(tries > 0, sentence)
+            return ids, tries
+        ids, tries = self._drawn(found, key, num, True, most)
+        if tries < 0:
+            raise RuntimeError(sentence)
+        return ids, tries
+
+    def _draw_any(self, key: int, num: int, device: torch.device | None) -> Tensor:
+        return self._drawn(primitives(device), key, num, False, num)[0]
+
+    @functools.cached_property
+    def _enough(self) -> int:
+        """Draws that hold S distinct ids for certain; more than may be made where none do."""
+        most = _most_draws(self.num_samples)
+        return cuda_draws.draws_needed(self._law(), self.num_samples, most)
+
+    def _law(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _drawn(
+        self, draws: Any, key: int, num: int, unique: bool, most: int
+    ) -> tuple[Tensor, int | Tensor]:
+        raise NotImplementedError
 
 
 class Uniform(_Sampler):
@@ -145,20 +187,20 @@ class Uniform(_Sampler):
         super().__init__(num_classes, num_samples, seed)
         _check_at_most(num_samples, num_classes)
 
-    def _draw(self, key: int) -> tuple[Tensor, int]:
-        ids = primitives().sample_permuted(key, self.num_classes, self.num_samples)
+    def _draw(self, key: int, device: torch.device | None) -> tuple[Tensor, int | Tensor]:
+        ids = primitives(device).sample_permuted(key, self.num_classes, self.num_samples)
         return ids, self.num_samples
 
-    def _draw_any(self, key: int, num: int) -> Tensor:
-        ids: Tensor = primitives().sample_uniform(key, self.num_classes, num)
+    def _draw_any(self, key: int, num: int, device: torch.device | None) -> Tensor:
+        ids: Tensor = primitives(device).sample_uniform(key, self.num_classes, num)
         return ids
 
-    def _log_expected(self, ids: Tensor, tries: int) -> Tensor:
+    def _log_expected(self, ids: Tensor, tries: int | Tensor) -> Tensor:
         log = math.log(self.num_samples / self.num_classes)
         return torch.full(ids.shape, log, dtype=torch.float64, device=ids.device)
 
 
-class LogUniform(_Sampler):
+class LogUniform(_Repeating):
     """Classes in order of falling frequency, drawn as Zipf's law has it.
 
     P(k) = log((k + 2) / (k + 1)) / log(V + 1)
@@ -187,23 +229,24 @@ class LogUniform(_Sampler):
         if unique:
             _check_at_most(num_samples, num_classes)
 
-    def _draw(self, key: int) -> tuple[Tensor, int]:
-        return self._found(key, self.num_samples, self.unique)
+    def _drawn(
+        self, draws: Any, key: int, num: int, unique: bool, most: int
+    ) -> tuple[Tensor, int | Tensor]:
+        v = self.num_classes
+        found: tuple[Tensor, int | Tensor] = draws.sample_log_uniform(
+            key, v, math.log2(v + 1), num, unique, most
+        )
+        return found
 
-    def _draw_any(self, key: int, num: int) -> Tensor:
-        return self._found(key, num, False)[0]
+    def _law(self) -> tuple[Tensor, Tensor]:
+        return cuda_draws.log_uniform_law(self.num_classes)
 
-    def _found(self, key: int, num: int, unique: bool) -> tuple[Tensor, int]:
-        v, most = self.num_classes, _most_draws(num)
-        found = primitives().sample_log_uniform(key, v, math.log2(v + 1), num, unique, most)
-        return self._drawn(found, most)
-
-    def _log_expected(self, ids: Tensor, tries: int) -> Tensor:
+    def _log_expected(self, ids: Tensor, tries: int | Tensor) -> Tensor:
         p = torch.log1p(1 / (ids.double() + 1)) / math.log(self.num_classes + 1)
         return _log_expected(p, tries, self.num_samples)
 
 
-class Frequency(_Sampler):
+class Frequency(_Repeating):
     """Classes drawn in proportion to given counts, by an alias table: O(1) a draw, 16·V bytes.
 
     P(k) = counts_k / Σ counts;   E(k) as in `LogUniform`
@@ -238,20 +281,24 @@ class Frequency(_Sampler):
         if unique:
             _check_at_most(num_samples, self.num_classes)
         self.probability = wide / wide.sum()
-        self._threshold, self._alias = primitives().alias_table(self.probability)
+        cpu = torch.device("cpu")
+        self._tables = {cpu: primitives().alias_table(self.probability)}
 
-    def _draw(self, key: int) -> tuple[Tensor, int]:
-        return self._found(key, self.num_samples, self.unique)
+    def _drawn(
+        self, draws: Any, key: int, num: int, unique: bool, most: int
+    ) -> tuple[Tensor, int | Tensor]:
+        where = draws.device if isinstance(draws, cuda_draws.DeviceDraws) else torch.device("cpu")
+        if where not in self._tables:
+            self._tables[where] = tuple(t.to(where) for t in self._tables[torch.device("cpu")])
+        found: tuple[Tensor, int | Tensor] = draws.sample_alias(
+            key, *self._tables[where], num, unique, most
+        )
+        return found
 
-    def _draw_any(self, key: int, num: int) -> Tensor:
-        return self._found(key, num, False)[0]
+    def _law(self) -> tuple[Tensor, Tensor]:
+        return cuda_draws.law_of(self.probability.cpu())
 
-    def _found(self, key: int, num: int, unique: bool) -> tuple[Tensor, int]:
-        table, most = (self._threshold, self._alias), _most_draws(num)
-        found = primitives().sample_alias(key, *table, num, unique, most)
-        return self._drawn(found, most)
-
-    def _log_expected(self, ids: Tensor, tries: int) -> Tensor:
+    def _log_expected(self, ids: Tensor, tries: int | Tensor) -> Tensor:
         if self.probability.device != ids.device:
             self.probability = self.probability.to(ids.device)
         return _log_expected(self.probability[ids], tries, self.num_samples)
@@ -269,7 +316,8 @@ def sample_keeping(targets: Tensor, num_classes: int, num_samples: int, key: int
         num_samples: S, at most V.
         key: names the draw.
     """
-    drawn = primitives().sample_permuted(key, num_classes, num_samples).to(targets.device)
+    draws = primitives(targets.device)
+    drawn = draws.sample_permuted(key, num_classes, num_samples).to(targets.device)
     n = targets.shape[0]
     ids = torch.cat([torch.where(targets < 0, num_classes, targets), drawn])
     ordered, order = ids.sort(stable=True)  # a target before the same id drawn
@@ -282,16 +330,31 @@ def sample_keeping(targets: Tensor, num_classes: int, num_samples: int, key: int
     return ids.new_empty(num_samples + 1).scatter_(0, at, ordered)[:num_samples]
 
 
-def primitives() -> Any:
-    """The compiled draws, or those of `lossops.reference_sampling`: the same ids."""
+def positions(ids: Tensor, wanted: Tensor) -> Tensor:
+    """Where in the rising ``ids`` (S,) each of ``wanted`` (...) stands first, -1 for nowhere."""
+    if cuda_rows.runs_on(ids.device):
+        return cuda_draws.positions(ids, wanted)
+    at = torch.searchsorted(ids, wanted).clamp_max(ids.shape[0] - 1)
+    return torch.where(ids[at] == wanted, at, -1)
+
+
+def primitives(device: torch.device | None = None) -> Any:
+    """Draws on the device, by the CUDA kernels; else on the CPU, compiled or in plain PyTorch.
+
+    The ids are the same.
+    """
+    if device is not None and cuda_rows.runs_on(device):
+        return cuda_draws.DeviceDraws(device)
     module = backends.load_cpu_module()
     return reference_sampling if isinstance(module, str) else module
 
 
-def _log_expected(p: Tensor, tries: int, num_samples: int) -> Tensor:
-    if tries == num_samples:  # as in TensorFlow, for distinct ids too
-        return torch.log(p * tries)
-    return torch.log(-torch.expm1(tries * torch.log1p(-p)))
+def _log_expected(p: Tensor, tries: int | Tensor, num_samples: int) -> Tensor:
+    once = torch.log(p * num_samples)  # as in TensorFlow, for distinct ids too
+    if isinstance(tries, int) and tries == num_samples:
+        return once
+    several = torch.log(-torch.expm1(tries * torch.log1p(-p)))
+    return several if isinstance(tries, int) else torch.where(tries == num_samples, once, several)
 
 
 def _most_draws(num_samples: int) -> int:

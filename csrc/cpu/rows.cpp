@@ -12,12 +12,14 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "cpu/passes.h"
 #include "cpu/primitives.h"
+#include "update.h"
 
 namespace lossops {
 namespace {
@@ -121,20 +123,19 @@ void sgd_rows(const Tensor& table, const MaybeTensor& velocity, const Tensor& id
   const int64_t width = table.size(1);
   in_accumulate_dtype(table, [&](auto zero) {
     using S = decltype(zero);
-    const S rate = static_cast<S>(lr), decay = static_cast<S>(weight_decay);
-    const S kept = static_cast<S>(momentum);
+    const SgdUpdate<S> update(lr, momentum, weight_decay);
     const Operand weights(table), gradients(gradient), moving(velocity ? *velocity : table);
     each_id<S>(ids, width, 3, [&](int64_t row, int64_t id, S* w) {
       S *g = w + width, *v = g + width;
       weights.load(id, 0, width, w);
       gradients.load(row, 0, width, g);
-      for (int64_t i = 0; i < width; ++i) g[i] += decay * w[i];
       if (velocity) {
         moving.load(id, 0, width, v);
-        for (int64_t i = 0; i < width; ++i) g[i] += kept * v[i];
-        moving.store(id, 0, width, g);
+      } else {
+        std::fill(v, v + width, S(0));
       }
-      for (int64_t i = 0; i < width; ++i) w[i] -= rate * g[i];
+      for (int64_t i = 0; i < width; ++i) update(w[i], v[i], g[i]);
+      if (velocity) moving.store(id, 0, width, v);
       weights.store(id, 0, width, w);
     });
   });
@@ -156,9 +157,7 @@ void adamw_rows(const Tensor& table, const Tensor& mean, const Tensor& square, c
   in_accumulate_dtype(table, [&](auto zero) {
     using S = decltype(zero);
     const Operand weights(table), gradients(gradient), means(mean), squares(square);
-    const S keep1 = static_cast<S>(beta1), keep2 = static_cast<S>(beta2);
-    const S new1 = static_cast<S>(1 - beta1), new2 = static_cast<S>(1 - beta2);
-    const S left = static_cast<S>(1 - lr * weight_decay), epsilon = static_cast<S>(eps);
+    const AdamwUpdate<S> update(lr, beta1, beta2, eps, weight_decay);
     each_id<S>(ids, width, 4, [&](int64_t row, int64_t id, S* w) {
       S *g = w + width, *m = g + width, *v = m + width;
       const int32_t k = ++counts[id];
@@ -168,11 +167,7 @@ void adamw_rows(const Tensor& table, const Tensor& mean, const Tensor& square, c
       gradients.load(row, 0, width, g);
       means.load(id, 0, width, m);
       squares.load(id, 0, width, v);
-      for (int64_t i = 0; i < width; ++i) {
-        m[i] = keep1 * m[i] + new1 * g[i];
-        v[i] = keep2 * v[i] + new2 * (g[i] * g[i]);
-        w[i] = left * w[i] - rate * m[i] / (std::sqrt(v[i]) * whole + epsilon);
-      }
+      for (int64_t i = 0; i < width; ++i) update(w[i], m[i], v[i], g[i], rate, whole);
       means.store(id, 0, width, m);
       squares.store(id, 0, width, v);
       weights.store(id, 0, width, w);

@@ -21,13 +21,9 @@
 #include <ucontext.h>
 #endif
 
-// AddressSanitizer must be told of every switch of stacks. The engine itself needs no checks.
 #ifdef LOSSOPS_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define IF_ADDRESS_SANITIZER(...) __VA_ARGS__
-#else
-#define IF_ADDRESS_SANITIZER(...)
 #endif
 
 #ifdef OWN_SWITCH
@@ -63,16 +59,35 @@ Position position;
 
 namespace {
 
-constexpr unsigned kWarp = 32, kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10, kGuard = 4096, kMaxShared = 48 << 10, kMaxAlignment = 128;
+
+// AddressSanitizer must be told of every switch of stacks; the engine itself needs no checks.
+namespace sanitizer {
+#ifdef LOSSOPS_ADDRESS_SANITIZER
+// `fake` keeps what the stack that is left has on the heap; null if it ends.
+void leave(void** fake, const void* for_stack, size_t bytes) {
+  __sanitizer_start_switch_fiber(fake, for_stack, bytes);
+}
+void arrive(void* fake, const void** from_stack, size_t* bytes) {
+  __sanitizer_finish_switch_fiber(fake, from_stack, bytes);
+}
+void poison(void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+void unpoison(void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+void leave(void**, const void*, size_t) {}
+void arrive(void*, const void**, size_t*) {}
+void poison(void*, size_t) {}
+void unpoison(void*, size_t) {}
+#endif
+}  // namespace sanitizer
 
 // A stack that runs, or where one stopped.
 class Context {
  public:
 #ifdef OWN_SWITCH
   // The first switch here calls entry, which never returns, as if from an aligned stack.
-  void prepare(char* stack, char* top, void (*entry)()) {
-    static_cast<void>(stack);
+  void prepare(char*, char* top, void (*entry)()) {
     void** frame = reinterpret_cast<void**>(top) - 8;
     std::fill(frame, frame + 8, nullptr);
     frame[6] = reinterpret_cast<void*>(entry);
@@ -97,7 +112,7 @@ class Context {
 #endif
 };
 
-enum class Waits { kNot, kForBlock, kForWarp, kForEver };
+enum class Waits { kNot, kForBlock, kForWarp, kEnded };
 
 struct Fiber {
   Context context;
@@ -133,6 +148,8 @@ struct State {
   std::vector<unsigned> order;
   std::vector<SharedArray> shared;
   Context scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
   std::string fault;
   unsigned seed = 0;
@@ -142,23 +159,18 @@ struct State {
 State state;
 std::mutex one_launch;
 
-IF_ADDRESS_SANITIZER(const void* scheduler_stack; size_t scheduler_stack_bytes;)
-
-// What the running fiber leaves is the rest of its life, if it `ends`.
+// Not to come back, if the running fiber `ends`.
 void to_scheduler(bool ends) {
-  IF_ADDRESS_SANITIZER(void* fake = nullptr; __sanitizer_start_switch_fiber(
-                           ends ? nullptr : &fake, scheduler_stack, scheduler_stack_bytes);)
-  static_cast<void>(ends);
+  void* fake = nullptr;
+  sanitizer::leave(ends ? nullptr : &fake, state.scheduler_stack, state.scheduler_stack_bytes);
   state.running->context.switch_to(state.scheduler);
-  IF_ADDRESS_SANITIZER(
-      __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_bytes);)
+  sanitizer::arrive(fake, &state.scheduler_stack, &state.scheduler_stack_bytes);
 }
 
 void fiber_main() {
-  IF_ADDRESS_SANITIZER(
-      __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);)
+  sanitizer::arrive(nullptr, &state.scheduler_stack, &state.scheduler_stack_bytes);
   state.body(state.argument);
-  state.running->waits = Waits::kForEver;
+  state.running->waits = Waits::kEnded;
   to_scheduler(true);
 }
 
@@ -166,23 +178,19 @@ void resume(Fiber& fiber) {
   state.running = &fiber;
   position.thread = fiber.thread;
   races::now_runs(fiber.number);
-  IF_ADDRESS_SANITIZER(void* fake = nullptr;
-                       __sanitizer_start_switch_fiber(&fake, fiber.stack, kStack - kGuard);)
+  void* fake = nullptr;
+  sanitizer::leave(&fake, fiber.stack, kStack - kGuard);
   state.scheduler.switch_to(fiber.context);
-  IF_ADDRESS_SANITIZER(__sanitizer_finish_switch_fiber(fake, nullptr, nullptr);)
+  sanitizer::arrive(fake, nullptr, nullptr);
   races::now_runs(races::kHost);
   state.running = nullptr;
-}
-
-std::string numbers(const Index& i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
 void set_fault(const Fiber& fiber, const void* code, const std::string& what) {
   std::string kernel = state.kernel;
   if (kernel[0] == '(') kernel = kernel.substr(1, kernel.size() - 2);
-  state.fault = "kernel " + kernel + ", block " + numbers(position.block) + ", thread " +
-                numbers(fiber.thread) + ", at " + races::place(code) + ": " + what;
+  state.fault = "kernel " + kernel + ", block " + races::numbers(position.block) + ", thread " +
+                races::numbers(fiber.thread) + ", at " + races::place(code) + ": " + what;
 }
 
 unsigned count(Waits waits) {
@@ -201,7 +209,7 @@ void wait(Waits waits, const char* name, const void* code) {
 // The lanes of this lane's warp that are still there.
 unsigned living_lanes(const Fiber* warp, unsigned lanes) {
   unsigned living = 0;
-  for (unsigned l = 0; l < lanes; ++l) living |= (warp[l].waits != Waits::kForEver) << l;
+  for (unsigned l = 0; l < lanes; ++l) living |= (warp[l].waits != Waits::kEnded) << l;
   return living;
 }
 
@@ -264,7 +272,7 @@ bool release_block() {
 // Nobody can go on.
 void report_divergence() {
   for (const Fiber& fiber : state.fibers) {
-    if (fiber.waits == Waits::kForEver) continue;
+    if (fiber.waits == Waits::kEnded) continue;
     unsigned here = 0;
     for (const Fiber& other : state.fibers)
       here += other.waits == fiber.waits && other.name == fiber.name;
@@ -277,7 +285,7 @@ void report_divergence() {
 
 void check_fault() {
   if (state.fault.empty()) return;
-  IF_ADDRESS_SANITIZER(__asan_unpoison_memory_region(state.stacks, kMaxThreads * kStack);)
+  sanitizer::unpoison(state.stacks, kMaxThreads * kStack);  // frames that never returned
   throw std::runtime_error(state.fault);
 }
 
@@ -298,9 +306,9 @@ void run_block() {
     fiber.waits = Waits::kNot;
     fiber.context.prepare(fiber.stack, fiber.top, fiber_main);
   }
-  while (count(Waits::kForEver) < state.fibers.size()) {
+  while (count(Waits::kEnded) < state.fibers.size()) {
     run_ready_threads();
-    if (count(Waits::kNot) > 0 || count(Waits::kForEver) == state.fibers.size()) continue;
+    if (count(Waits::kNot) > 0 || count(Waits::kEnded) == state.fibers.size()) continue;
     if (!release_block() && !release_warps()) report_divergence();
     check_fault();
   }
@@ -403,7 +411,7 @@ void* shared_array(const void* site, size_t bytes, size_t alignment) {
     void* memory = nullptr;
     if (posix_memalign(&memory, kMaxAlignment, alignment + bytes) != 0) abort();
     state.shared.push_back({site, memory, static_cast<char*>(memory) + alignment, bytes, false});
-    IF_ADDRESS_SANITIZER(__asan_poison_memory_region(memory, alignment);)
+    sanitizer::poison(memory, alignment);
     array = state.shared.end() - 1;
   }
   if (!array->of_this_block) {

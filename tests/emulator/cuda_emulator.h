@@ -48,6 +48,8 @@
 
 namespace cuda_emulator {
 
+constexpr unsigned kWarp = 32;
+
 // Ends the launch: what the running thread does is a fault, at the code that called or at `code`.
 // May not throw, since the compiler believes that of the calls which -fsanitize=thread inserts.
 [[noreturn]] void fail(const char* what);
@@ -163,7 +165,7 @@ inline const cuda_emulator::Index& threadIdx = cuda_emulator::position.thread;
 inline const cuda_emulator::Index& blockIdx = cuda_emulator::position.block;
 inline const cuda_emulator::Index& blockDim = cuda_emulator::position.block_dim;
 inline const cuda_emulator::Index& gridDim = cuda_emulator::position.grid_dim;
-constexpr int warpSize = 32;
+constexpr int warpSize = cuda_emulator::kWarp;
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);

@@ -4,7 +4,7 @@
 // threads and locks, forgets old accesses, and has too few thread numbers for a fiber of every
 // thread of a grid; what orders the threads of a kernel is simple enough to be decided exactly:
 //
-//   two blocks             nothing
+//   two blocks              nothing
 //   two threads of a block  a __syncthreads between, or in one warp a __syncwarp of both lanes
 //
 // Shuffles and votes order nothing: CUDA does not promise it. The time of a thread is divided into
@@ -21,12 +21,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cuda_emulator.h"
-
 namespace cuda_emulator::races {
 namespace {
-
-constexpr unsigned kWarp = 32;
 
 struct Segment {
   uint32_t block, barriers, time;
@@ -106,10 +102,6 @@ bool comes_after(const Segment& s) {
 
 bool same_warp(const Segment& a, const Segment& b) {
   return a.block == b.block && a.thread / kWarp == b.thread / kWarp;
-}
-
-std::string numbers(const Index& i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
 std::string thread_numbers(unsigned thread) {
@@ -200,6 +192,26 @@ void touch(const void* pointer, size_t bytes, size_t alignment, bool writes, con
   });
 }
 
+// "file:line", or nothing.
+std::string line_of(const char* module, uintptr_t offset) {
+  char number[32];
+  snprintf(number, sizeof(number), "0x%zx", static_cast<size_t>(offset));
+  const std::string command =
+      "addr2line -i -e '" + std::string(module) + "' " + number + " 2>/dev/null";
+  FILE* const lines = popen(command.c_str(), "r");
+  if (lines == nullptr) return "";
+  std::string found;
+  // Innermost first; the emulator's own inline functions are not where a kernel errs.
+  for (char buffer[1024]; fgets(buffer, sizeof(buffer), lines) != nullptr;) {
+    std::string line = buffer;
+    line = line.substr(line.rfind('/') + 1);
+    if (found.empty() && line[0] != '?' && !line.starts_with("cuda_emulator.h"))
+      found = line.substr(0, line.find_first_of(" \n"));
+  }
+  pclose(lines);
+  return found;
+}
+
 }  // namespace
 
 void begin_launch(const void* ignored, size_t bytes) {
@@ -252,26 +264,18 @@ void new_shared_array(const void* array, size_t bytes) {
   for_each_cell(first, bytes, [](Cell& cell, uintptr_t) { cell = {}; });
 }
 
+std::string numbers(const Index& i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
+}
+
 std::string place(const void* code) {
   Dl_info module{};
   if (dladdr(code, &module) == 0 || module.dli_fname == nullptr) return "an unknown place";
-  const auto base = reinterpret_cast<uintptr_t>(module.dli_fbase);
-  char offset[32];  // of the call, whose return address this is
-  snprintf(offset, sizeof(offset), "0x%zx", reinterpret_cast<uintptr_t>(code) - 1 - base);
-  const std::string command =
-      "addr2line -i -e '" + std::string(module.dli_fname) + "' " + offset + " 2>/dev/null";
-  std::string found;
-  if (FILE* lines = popen(command.c_str(), "r")) {
-    // Innermost first; calls of the emulator's own inline functions are not where a kernel errs.
-    for (char line[4096]; fgets(line, sizeof(line), lines);) {
-      const std::string text = line;
-      const bool ours = text.find("cuda_emulator.h") != std::string::npos;
-      if (found.empty() && !ours && text[0] != '?')
-        found = text.substr(text.rfind('/') + 1, text.find_first_of(" \n") - text.rfind('/') - 1);
-    }
-    pclose(lines);
-  }
-  return found.empty() ? std::string(module.dli_fname) + "+" + offset : found;
+  // One less, for the code is where a call returns to.
+  const auto offset =
+      reinterpret_cast<uintptr_t>(code) - 1 - reinterpret_cast<uintptr_t>(module.dli_fbase);
+  const std::string line = line_of(module.dli_fname, offset);
+  return line.empty() ? module.dli_fname + ("+" + std::to_string(offset)) : line;
 }
 
 }  // namespace cuda_emulator::races

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <string>
 
+#include "cuda_emulator.h"
+
 namespace cuda_emulator::races {
 
 // A launch begins; what lies in [ignored, ignored + bytes) is private to its threads.
@@ -25,6 +27,9 @@ void order_lanes(unsigned first_thread, unsigned lanes);
 
 // A shared array of the block that begins: nobody wrote it.
 void new_shared_array(const void* array, size_t bytes);
+
+// "(x, y, z)".
+std::string numbers(const Index& index);
 
 // Where code is, as "file:line" if the debug information says so.
 std::string place(const void* code);
