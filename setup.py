@@ -3,7 +3,7 @@
 One source, ``csrc/cpu``, is compiled once for each CPU capability of torch's own dispatcher
 into a module of its own, ``lossops._cpu_<capability>``; ``lossops.backends`` chooses among them at
 run time, so a wheel built on one machine runs on another. Where nvcc is found, ``csrc/cuda``
-becomes ``lossops._cuda``, a library of torch ops against the stable ABI of libtorch: the same binary
+becomes ``lossops._cuda``, a library of torch ops against the stable ABI of libtorch: one binary
 serves CPU and CUDA builds of torch. ``LOSSOPS_BUILD`` says what is wanted.
 """
 
