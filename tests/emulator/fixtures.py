@@ -1,4 +1,8 @@
-"""What the tests of CUDA source on a CPU run: the library of ops, and programs."""
+"""What the tests of CUDA source on a CPU run: the library of ops, and programs.
+
+Every test file imports ``build`` and ``loaded``: whoever asks for the kernels then finds these, not
+those that setup.py compiled. (A conftest.py here would hide that of tests/.)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ def build() -> builder.Build:
     return builder.Build()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def loaded(build: builder.Build) -> ctypes.CDLL:
     torch.ops.load_library(build.library)
     return ctypes.CDLL(str(build.library))

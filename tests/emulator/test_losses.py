@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from fixtures import build, loaded
 from gpu_losses import *  # noqa: F403
+from gpu_losses import NEAR, D, N, V
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,8 @@ def launches(loaded: ctypes.CDLL) -> Any:
         seen += range(loaded.lossops_emulator_launches() - before)
 
     return launches
+
+
+def test_near_and_far_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="no kernels for near_threshold"):
+        NEAR(torch.ones(N, D), torch.ones(V, D), torch.ones(V), backend=backend)

@@ -7,6 +7,7 @@ from typing import Any
 import memory
 import pytest
 from gpu_losses import *  # noqa: F403
+from gpu_losses import NEAR, Launches, check
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,8 @@ def backend() -> str:
 def launches() -> Any:
     """What runs is watched."""
     return memory.launches
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_near_and_far(backend: str, launches: Launches, kind: str) -> None:
+    check(backend, launches, "near", NEAR, kind)
