@@ -109,10 +109,10 @@ def test_op_refuses_what_does_not_fit(emulator):
         ("*out = 1.0f;", ""),
     ],
 )
-def test_what_kernels_may_not_use_does_not_compile(build, tmp_path, body, said):
+def test_what_kernels_may_not_use_does_not_compile(built, tmp_path, body, said):
     source = tmp_path / "kernel.cpp"
     source.write_text(f'#include "cuda/device.h"\n__global__ void f(float* out) {{ {body} }}\n')
-    step = builder.compiled(source, "-fsyntax-only")
-    done = subprocess.run([*step.command, "/dev/null"], capture_output=True, text=True)
+    command = [*builder.compiler(), *builder.compiled(source, "-fsyntax-only").command, source]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode != 0) == bool(said), done.stderr
     assert said in done.stderr
