@@ -1,6 +1,6 @@
 """What the tests of CUDA source on a CPU run: the library of ops, and programs.
 
-Every test file imports ``build`` and ``loaded``: whoever asks for the kernels then finds these, not
+Every test file imports ``built`` and ``loaded``: whoever asks for the kernels then finds these, not
 those that setup.py compiled. (A conftest.py here would hide that of tests/.)
 """
 
@@ -16,18 +16,22 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def build() -> builder.Build:
-    """Everything compiled; skipped, with the reason, where that cannot be."""
+def built() -> None:
+    """Everything is compiled; skipped, with the reason, where that cannot be."""
     sentence = builder.objection()
     if sentence is not None:
         pytest.skip(sentence)
-    return builder.Build()
+    names = ("faults", *builder.PROGRAMS)
+    programs = [builder.program(name, v) for name in names for v in builder.VARIANTS]
+    builder.make([builder.library(), *programs])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def loaded(build: builder.Build) -> ctypes.CDLL:
-    torch.ops.load_library(build.library)
-    return ctypes.CDLL(str(build.library))
+def loaded(built: None) -> ctypes.CDLL:
+    """The library of ops."""
+    path = builder.library().target
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture
@@ -38,11 +42,11 @@ def emulator(loaded: ctypes.CDLL) -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def run(build: builder.Build) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(built: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run(program, variant, seed, *arguments)``."""
 
     def run(program: str, variant: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [build.program(program, variant), *map(str, arguments)]
+        command = [builder.program(program, variant).target, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     return run

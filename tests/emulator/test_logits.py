@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
-from fixtures import build, emulator, loaded
+from fixtures import built, emulator, loaded
 from gpu_kernels import *  # noqa: F403
 
 import lossops.cuda

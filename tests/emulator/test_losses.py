@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures import build, loaded
+from fixtures import built, loaded
 from gpu_losses import *  # noqa: F403
 from gpu_losses import NEAR, D, N, V
 

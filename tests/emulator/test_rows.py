@@ -7,7 +7,7 @@ import mmap
 
 import pytest
 import torch
-from fixtures import build, emulator, loaded, run
+from fixtures import built, emulator, loaded, run
 from torch import Tensor
 
 import lossops
