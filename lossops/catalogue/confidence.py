@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between
+from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import recipe
 from lossops.reference import stable
 from lossops.statistics import RowStatistics
@@ -57,7 +58,7 @@ def linear_dual_focal_loss(s: RowStatistics, *, gamma: float | Tensor) -> Tensor
     """
     at_least("gamma", gamma, 0)
     below = (s.relative("below_target") - s.relative_logsumexp).exp()
-    return -((s.log_1mp.exp() + below) ** gamma) * s.log_p
+    return -raised(s.log_1mp.exp() + below, gamma) * s.log_p
 
 
 @recipe(family=FAMILY, use="a tunable bend of cross-entropy")

@@ -20,6 +20,12 @@ def power(log_p: Tensor, t: float | Tensor) -> Tensor:
     return torch.where(zero, log_p, torch.expm1(safe * log_p) / safe)
 
 
+def raised(base: Tensor, t: float | Tensor) -> Tensor:
+    """base^t of a base >= 0; at 0 with no gradient, which for t < 1 is infinite there."""
+    zero = base == 0
+    return torch.where(zero, base.detach() ** t, torch.where(zero, 1.0, base) ** t)
+
+
 def log_1m_exp(log_p: Tensor) -> Tensor:
     """log(1 - e^a) for a <= 0; 0 with no gradient at -inf."""
     near = log_p > -0.693

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between, ratio
 from lossops.catalogue.chunked import loss_of_logits
+from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import composed
 from lossops.inputs import class_ids, head_inputs
 
@@ -97,7 +98,7 @@ def linear_single_label_asymmetric_loss(
         log_p = z.log_softmax(1)
         own = log_p.gather(1, y)
         share = label_smoothing / z.shape[1]
-        focus = 1.0 if gamma_pos == 0 else (-torch.expm1(own)) ** gamma_pos
+        focus = 1.0 if gamma_pos == 0 else raised(-torch.expm1(own), gamma_pos)
         of_target = (1 - label_smoothing + share) * (focus * own).squeeze(1)
         faded = ((gamma_neg * log_p).exp() * log_p).scatter(1, y, 0.0)
         return -of_target - share * faded.sum(1)

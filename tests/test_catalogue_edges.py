@@ -1,0 +1,37 @@
+"""The catalogue where formulas have holes: p of 0 or 1, no rows, no rivals, numbers that learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import value_and_gradients
+from torch import Tensor
+
+from lossops import catalogue
+
+EYE = torch.eye(4)
+SURE = torch.tensor([[200.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0]])  # logits; p of class 0 is 1
+
+
+def of_sure_rows(name: str, target: list[int], backend: str, **own: Any) -> list[Tensor]:
+    """Loss and gradients of logits of which one row has p = 1 in float32; all finite."""
+    face, y = catalogue.RECIPES[name].face, torch.tensor(target)
+    found = value_and_gradients(lambda x, w: face(x, w, y, backend=backend, **own), (SURE, EYE))
+    assert all(t.isfinite().all() for t in found), f"{name}: {found}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("dual_focal", {"gamma": 0.5}), ("single_label_asymmetric", {"gamma_pos": 0.5})],
+    ids=["dual_focal", "single_label_asymmetric"],
+)
+def test_a_fractional_power_of_what_a_certain_row_misses(
+    name: str, own: dict[str, float], backend: str
+) -> None:
+    """0^γ has an infinite derivative, the row's loss has none."""
+    dx = of_sure_rows(name, [0, 1], backend, **own)[1]
+    assert float(dx[0].abs().max()) < 1e-7
+    assert float(dx[1].abs().max()) > 0.1
