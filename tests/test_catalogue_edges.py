@@ -35,3 +35,12 @@ def test_a_fractional_power_of_what_a_certain_row_misses(
     dx = of_sure_rows(name, [0, 1], backend, **own)[1]
     assert float(dx[0].abs().max()) < 1e-7
     assert float(dx[1].abs().max()) > 0.1
+
+
+def test_a_candidate_that_is_certain(backend: str) -> None:
+    """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
+    candidates = torch.tensor([[0], [-1]])
+    found = of_sure_rows("unlikelihood", [1, 1], backend, candidates=candidates)
+    plain = of_sure_rows("focal", [1, 1], backend, gamma=0.0)
+    torch.testing.assert_close(found[1:], plain[1:])
+    assert float(found[0] - plain[0]) == pytest.approx(-torch.tensor(1e-5).log().item() / 2)

@@ -27,8 +27,9 @@ def raised(base: Tensor, t: float | Tensor) -> Tensor:
 
 
 def log_1m_exp(log_p: Tensor) -> Tensor:
-    """log(1 - e^a) for a <= 0; 0 with no gradient at -inf."""
-    near = log_p > -0.693
-    close = torch.where(near, log_p, -1.0)
+    """log(1 - e^a) for a <= 0; with no gradient 0 at -inf, and -inf at 0."""
+    certain, near = log_p >= 0, log_p > -0.693
+    close = torch.where(near & ~certain, log_p, -0.5)
     far = torch.where(near, -1.0, log_p)
-    return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-far.exp()))
+    found = torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-far.exp()))
+    return found.masked_fill(certain, -torch.inf)
