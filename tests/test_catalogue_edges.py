@@ -44,3 +44,23 @@ def test_a_candidate_that_is_certain(backend: str) -> None:
     plain = of_sure_rows("focal", [1, 1], backend, gamma=0.0)
     torch.testing.assert_close(found[1:], plain[1:])
     assert float(found[0] - plain[0]) == pytest.approx(-torch.tensor(1e-5).log().item() / 2)
+
+
+@pytest.mark.parametrize("certain", [[0], [2], [0, 2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_odds_of_sequences_that_are_certain(
+    certain: list[int], ignored: bool, backend: str
+) -> None:
+    """ORPO of sequences without tokens, or with p = 1: no inf - inf, and no gradient from them."""
+    x, w, y = 0.1 * torch.randn(4, 3, 4), 4 * EYE, torch.zeros(4, 3, dtype=torch.int64)
+    if ignored:
+        y[certain] = -100
+    else:
+        x[certain] = torch.tensor([100.0, 0.0, 0.0, 0.0])
+    found = value_and_gradients(
+        lambda x, w: catalogue.linear_orpo_loss(x, w, y, lam=0.1, backend=backend), (x, w)
+    )
+    assert all(t.isfinite().all() for t in found)
+    assert not found[1][certain].any()
+    others = [i for i in range(4) if i not in certain]
+    assert all(found[1][i].any() for i in others if i < 2)
