@@ -187,9 +187,12 @@ def linear_hasa_loss(
 
     def loss_fn(s: RowStatistics, u: Tensor) -> Tensor:
         z = s.relative("target")
-        hard = (s.relative("lse@2") - s.relative("lse").detach()).exp()
+        some = s.relative("lse") > -torch.inf
+        log_hard = torch.where(some, s.relative("lse@2") - s.relative("lse").detach(), 0.0)
+        hard = torch.where(some, log_hard.exp(), 0.0)
         hard = (hard + hard.detach()) / 2  # of e^{2 z} the weights hold one half of the gradient
-        g = hard - tau * (u * z[:, 1:].exp()).sum(1)
+        # Of the negatives' e^z, relative to the largest, hard is at most 1: beyond e^80 G < 0.
+        g = hard - tau * (u * z[:, 1:].clamp_max(80).exp()).sum(1)
         kept = g > 0
         log_g = torch.where(kept, torch.where(kept, g, 1.0).log(), math.log(least) - s.shift)
         return F.softplus(log_g + math.log(s.num_classes / (1 - tau)) - (z[:, 0] - margin),
