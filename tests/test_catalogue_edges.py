@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import value_and_gradients
+from conftest import assert_no_worse, value_and_gradients
 from torch import Tensor
 
 from lossops import catalogue
+from lossops_bench.dense import pairs as dense
 
 EYE = torch.eye(4)
 SURE = torch.tensor([[200.0, 0.0, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0]])  # logits; p of class 0 is 1
@@ -84,3 +85,26 @@ def test_false_negatives_that_leave_nothing(
     g = float((z.softmax(0) * z.exp()).sum()) if kept else 1.0
     odds = torch.tensor(4 / (1 - tau) * g).log()  # of e^{z_y - m} = 1
     torch.testing.assert_close(found[0], torch.nn.functional.softplus(odds))
+
+
+@pytest.mark.parametrize("tau_plus", [0.1, 0.0])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_positives_far_above_all_negatives(tau_plus: float, beta: float, backend: str) -> None:
+    """At T = 0.01 e^{s_ip / T} of a pair is beyond float32, relative to the negatives' largest."""
+    first, _ = torch.linalg.qr(torch.randn(4, 4))
+    views = (first, first[[1, 0, 2, 3]])  # the first two rows are pairs of strangers
+    own = {"beta": beta, "temperature": 0.01, "tau_plus": tau_plus}
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return catalogue.hard_negative_contrastive_loss(
+            a, b, reduction="sum", backend=backend, **own
+        )
+
+    found = value_and_gradients(loss, views)
+    expected = value_and_gradients(
+        lambda a, b: dense.hard_negative_contrastive(a, b, **own).sum(), [t.double() for t in views]
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_no_worse("hard negatives", a, b, b)  # in float32 the definition is inf / inf
+    one = value_and_gradients(loss, [t[:1] for t in views])
+    assert not any(t.any() for t in one)

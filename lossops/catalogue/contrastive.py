@@ -162,7 +162,7 @@ def debiased_contrastive_loss(
 ) -> Tensor:
     """Debiased contrastive loss: the share of positives among the negatives is taken out.
 
-    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j
+    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j; 0 for the one pair of N = 1
 
     G_i = max((Σ_j e^{s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺), n e^{-1/T})
 
@@ -255,12 +255,17 @@ def _debiased(
 
     def loss_fn(s: RowStatistics) -> Tensor:
         own = s.relative("target")[:, 0]
+        if not n:
+            return 0 * own
         total = s.relative(hard[0])
         if beta:
-            total = total - s.relative(hard[1]) + math.log(max(n, 1))
-        least = n * (-1 / temperature - s.shift).exp()
-        against = (total.exp() - n * tau_plus * own.exp()) / (1 - tau_plus)
-        return F.softplus(torch.maximum(against, least).log() - own, threshold=50)
+            total = total - s.relative(hard[1]) + math.log(n)
+        # Of the negatives' e^z, relative to the largest, the sum is at most n: beyond e^80 it loses.
+        against = (total.exp() - n * tau_plus * own.clamp_max(80).exp()) / (1 - tau_plus)
+        kept = against > 0
+        log_g = torch.where(kept, against, 1.0).log().masked_fill(~kept, -torch.inf)
+        least = math.log(n) - 1 / temperature - s.shift
+        return F.softplus(torch.maximum(log_g, least) - own, threshold=50)
 
     return linear_loss(
         both, both, torch.stack([partner, self_ids], 1), loss_fn, names=(*hard, "target"),
@@ -271,10 +276,10 @@ def _debiased(
 def _check_views(first: Tensor, second: Tensor) -> None:
     for name, t in (("first", first), ("second", second)):
         check_float(name, t)
-    if first.ndim != 2 or first.shape != second.shape:
+    if first.ndim != 2 or first.shape != second.shape or not first.shape[0]:
         raise ValueError(
-            f"first and second must have the same shape (N, D), got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
+            "first and second must have the same shape (N, D), N at least 1, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
         )
 
 
