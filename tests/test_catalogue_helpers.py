@@ -141,6 +141,11 @@ ERRORS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
         "masked_diffusion", BY_T, {"masked": torch.ones(2, 3, dtype=torch.bool)},
         "kind='lambda' needs level, got None; pass level=",
     ),
+    "level of one number": (
+        "masked_diffusion", BY_T,
+        {"masked": torch.ones(2, 3, dtype=torch.bool), "level": torch.tensor(0.5)},
+        r"level must have shape \(2,\), one value per sequence, got \(\)",
+    ),
     "ngrams": ("edit_invariant", BY_T, {"ngrams": (4,)}, r"lengths in \[1, 3\], got \(4,\)"),
     "views": (
         "nt_xent_margin", (X, X[:3]), {}, r"the same shape \(N, D\), .*, got \(4, 3\) and \(3, 3\)",

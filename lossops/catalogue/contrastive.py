@@ -260,7 +260,7 @@ def _debiased(
         total = s.relative(hard[0])
         if beta:
             total = total - s.relative(hard[1]) + math.log(n)
-        # Of the negatives' e^z, relative to the largest, the sum is at most n: beyond e^80 it loses.
+        # The negatives' e^z, relative to the largest, are at most n: against e^80 they lose.
         against = (total.exp() - n * tau_plus * own.clamp_max(80).exp()) / (1 - tau_plus)
         kept = against > 0
         log_g = torch.where(kept, against, 1.0).log().masked_fill(~kept, -torch.inf)

@@ -15,6 +15,7 @@ from lossops.catalogue.keywords import some
 from lossops.catalogue.preferences import FAMILY, over_sequences
 from lossops.catalogue.recipe import ONE_SWEEP, TWO_SWEEPS, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
+from lossops.inputs import check_float
 from lossops.linear import linear_statistics
 from lossops.reference import accumulate_dtype
 from lossops.statistics import RowStatistics
@@ -78,6 +79,12 @@ def linear_masked_diffusion_loss(
     for name, given in needed.items():
         if given is None:
             raise ValueError(f"kind={kind!r} needs {name}, got None; pass {name}=")
+        check_float(name, given)
+        if given.shape != masked.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {tuple(masked.shape[:-1])}, one value per sequence, got "
+                f"{tuple(given.shape)}"
+            )
     acc = accumulate_dtype(input.dtype)
     if kind == "k":
         count = masked.sum(-1)
