@@ -38,6 +38,15 @@ def test_a_fractional_power_of_what_a_certain_row_misses(
     assert float(dx[1].abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("token", [-1, -100, 4])
+def test_every_token_of_an_edit_invariant_loss_counts(token: int, backend: str) -> None:
+    y = torch.tensor([[0, token, 2]])
+    with pytest.raises(IndexError, match=r"target must hold class ids in \[0, 4\)"):
+        catalogue.linear_edit_invariant_loss(
+            torch.randn(1, 3, 4), EYE, y, ngrams=(1,), backend=backend
+        )
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])

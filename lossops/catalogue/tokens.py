@@ -190,7 +190,9 @@ def _all_log_probs(
     """log p_t(y_s) of every position and every token of its sequence, (B, T, T)."""
     shaping = {n: v for n, v in head.items() if n != "reduction"}
     length = target.shape[1]
-    ids = target.unsqueeze(1).expand(-1, length, -1)
+    # Of several targets -1 would be none; here every one is a token.
+    ids = target.masked_fill(target < 0, linear_weight.shape[0])
+    ids = ids.unsqueeze(1).expand(-1, length, -1)
     s = linear_statistics(input, linear_weight, ids, names=("lse",), **shaping)
     # A token given twice counts once, where it is first.
     first = (target.unsqueeze(2) == target.unsqueeze(1)).int().argmax(2)  # (B, T)
