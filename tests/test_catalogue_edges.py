@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -117,3 +118,23 @@ def test_positives_far_above_all_negatives(tau_plus: float, beta: float, backend
         assert_no_worse("hard negatives", a, b, b)  # in float32 the definition is inf / inf
     one = value_and_gradients(loss, [t[:1] for t in views])
     assert not any(t.any() for t in one)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-9, 1e-4, -0.03, 0.2])
+def test_the_gradient_of_an_exponent_where_it_is_0(off: float, backend: str) -> None:
+    """Comp-sum at τ = 1 is cross-entropy, but its derivative in τ is (log p)² / 2 and more."""
+    x, w, y = SURE.double(), EYE.double(), torch.tensor([1, 3])
+
+    def loss(x: Tensor, tau: Any) -> Tensor:
+        return catalogue.linear_comp_sum_loss(x, w, y, tau=tau, reduction="sum", backend=backend)
+
+    # Rows of log p = -2.44 and -0.44, so that both branches are met.
+    x[0] = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    x.requires_grad_()
+    tau = torch.tensor(1 + off, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(loss(x, tau), (tau, x))
+    a, t = x.detach().log_softmax(1).gather(1, y[:, None]), tau.item() - 1
+    slope = sum(-(k - 1) / math.factorial(k) * t ** (k - 2) * a**k for k in range(2, 40)).sum()
+    torch.testing.assert_close(found[0], slope, rtol=1e-13, atol=0)
+    plain = torch.autograd.grad(loss(x, tau.item()), x)[0]
+    torch.testing.assert_close(found[1], plain, rtol=1e-12, atol=1e-15)

@@ -12,12 +12,18 @@ def lse_at(t: float) -> str:
 
 
 def power(log_p: Tensor, t: float | Tensor) -> Tensor:
-    """(p^t - 1) / t, log p at t = 0."""
+    """(p^t - 1) / t, log p at t = 0; differentiable in t there, too."""
     if not isinstance(t, Tensor):
         return log_p if t == 0 else torch.expm1(t * log_p) / t
-    zero = t == 0
-    safe = torch.where(zero, 1.0, t)
-    return torch.where(zero, log_p, torch.expm1(safe * log_p) / safe)
+    # log p · (e^u - 1) / u with u = t log p; the derivative of the quotient cancels for small u,
+    # where its series takes over: of terms u^k / (k + 1)!, the first left out is below 1e-16.
+    u = t * log_p
+    near = u.abs() < 0.1
+    small, large = torch.where(near, u, 0.0), torch.where(near, 1.0, u)
+    series = torch.ones_like(u)
+    for k in range(11, 1, -1):
+        series = 1 + small / k * series
+    return log_p * torch.where(near, series, torch.expm1(large) / large)
 
 
 def raised(base: Tensor, t: float | Tensor) -> Tensor:
