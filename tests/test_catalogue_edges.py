@@ -48,6 +48,20 @@ def test_every_token_of_an_edit_invariant_loss_counts(token: int, backend: str) 
         )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_ignored_number_is_no_number(reduction: str, backend: str) -> None:
+    """Padding may be a number token: ``ignore_index=3``, and 3 has a value."""
+    x, y = torch.randn(4, 4), torch.tensor([3, 1, 3, 0])
+
+    def loss(rows: Any) -> Tensor:
+        return catalogue.linear_number_token_loss(
+            x[rows], EYE, y[rows], numbers={3: 9.0, 1: 1.0}, ignore_index=3, lam=1.0,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    torch.testing.assert_close(loss([0, 1, 2, 3]), loss([1, 3]))
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from lossops.catalogue.docstrings import face_docstring, module_docstring
@@ -323,7 +324,7 @@ def _check_number(argument: str, value: Any, learned: bool) -> None:
     """Refuse tensors for a number: of several, or where a gradient would be lost."""
     if not isinstance(value, Tensor):
         return
-    if value.requires_grad and not learned:
+    if value.requires_grad and torch.is_grad_enabled() and not learned:
         raise ValueError(
             f"{argument} must be a number, it is not differentiated, got a tensor that wants a "
             "gradient; detach it"
