@@ -115,12 +115,13 @@ def _largest(values: Tensor, counted: Tensor, fraction: float) -> tuple[Tensor, 
     """Which rows are the ⌊fraction · n⌋ largest of the n counted, and the next value after them."""
     ranked = values.masked_fill(~counted, -torch.inf)
     order = ranked.sort(descending=True, stable=True)
-    number = (counted.sum() * fraction + 1e-6).floor().long()  # 1e-6: 0.3 · 10 is 3
+    number = (counted.sum().double() * fraction + 1e-6).floor().long()  # 1e-6: 0.3 · 10 is 3
     rank = torch.empty_like(order.indices)
     rank[order.indices] = torch.arange(values.shape[0], device=values.device)
     if not values.shape[0]:
         return counted, values
-    return rank < number, order.values[number.clamp_max(values.shape[0] - 1)]
+    last = number.clamp_max(values.shape[0] - 1).unsqueeze(0)
+    return rank < number, order.values.gather(0, last)  # an index would wait for the device
 
 
 @composed(
