@@ -84,6 +84,15 @@ def test_min_k_scores(normalized: bool, k: float, backend: str) -> None:
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-11)
 
 
+def test_min_k_takes_no_token_too_many() -> None:
+    """The largest of the k / T · T smallest scores tells how many they were."""
+    x, w, _, y = make_inputs(100, 23, 5)
+    ordered = (x @ w.T).log_softmax(1).gather(1, y[:, None]).squeeze(1).sort().values
+    for k in range(1, 101):
+        found = catalogue.min_k_scores(x, w, y, k=k / 100)
+        torch.testing.assert_close(found, ordered[:k].mean(), rtol=1e-9, atol=0)
+
+
 def test_preferences_leave_ignored_tokens_out(backend: str) -> None:
     x, w, _, y = make_inputs(20, 23, 5)
     x, y = x.reshape(4, 5, 5), y.reshape(4, 5)
