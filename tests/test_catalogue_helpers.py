@@ -156,6 +156,34 @@ ERRORS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
         r"level must have shape \(2,\), one value per sequence, got \(\)",
     ),
     "ngrams": ("edit_invariant", BY_T, {"ngrams": (4,)}, r"lengths in \[1, 3\], got \(4,\)"),
+    "candidates": (
+        "unlikelihood", (X, W, Y), {"candidates": torch.tensor([1, 2, 3, 4])},
+        r"candidates must have shape \(4, 'K'\), padded with -1, got \(4,\)",
+    ),
+    "false_negatives": (
+        "hasa", (X, W, Y), {"false_negatives": torch.zeros(3, 1, dtype=torch.int64)},
+        r"false_negatives must have shape \(4, 'K'\), padded with -1, got \(3, 1\)",
+    ),
+    "false_weights": (
+        "hasa", (X, W, Y),
+        {"false_negatives": Y.unsqueeze(1), "false_weights": torch.ones(4)},
+        r"false_weights must have the shape of false_negatives, \(4, 1\), got \(4,\)",
+    ),
+    "fraction": (
+        "error_norm_fraction", (X, W, Y), {"fraction": 1.0}, r"fraction must be in \[0, 1\), got 1",
+    ),
+    "numbers": (
+        "number_token", (X, W, Y), {"numbers": {5: 1.0}},
+        r"numbers must give values of class ids in \[0, 5\), at least one, got {5: 1.0}",
+    ),
+    "no numbers": ("number_token", (X, W, Y), {"numbers": {}}, "at least one, got {}"),
+    "clipped_norm": (
+        "logit_clip", (X, W, Y), {"clipped_norm": -1.0}, "clipped_norm must be above 0 and finite",
+    ),
+    "log_prior": (
+        "logit_adjusted", (X, W, Y), {"log_prior": torch.tensor(0.0), "linear_bias": torch.ones(5)},
+        r"log_prior must have shape \(5,\), one value per class, got \(\)",
+    ),
     "views": (
         "nt_xent_margin", (X, X[:3]), {}, r"the same shape \(N, D\), .*, got \(4, 3\) and \(3, 3\)",
     ),

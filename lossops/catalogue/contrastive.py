@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, at_least, between
+from lossops.catalogue.checks import above, at_least, share
 from lossops.catalogue.keywords import Keyword, Keywords, some
 from lossops.catalogue.powers import lse_at
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -248,7 +248,7 @@ def _debiased(
     beta: float,
 ) -> Tensor:
     above("temperature", temperature, 0)
-    between("tau_plus", tau_plus, 0, 1 - 1e-9)
+    share("tau_plus", tau_plus)
     both, partner, self_ids = _both_views(first, second)
     n = both.shape[0] - 2
     hard = [lse_at(1 + beta), lse_at(beta)] if beta else ["lse"]

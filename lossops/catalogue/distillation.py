@@ -27,7 +27,7 @@ from lossops.catalogue.chunked import RowLosses, loss_of_logits
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import HeadInputs, head_inputs
+from lossops.inputs import HeadInputs, check_float, head_inputs
 from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.schedules import row_stride, without_autocast
@@ -152,6 +152,7 @@ def linear_dino_loss(
     above("teacher_temperature", teacher_temperature, 0)
     above("student_temperature", student_temperature, 0)
     v = linear_weight.shape[0]
+    check_float("center", center)
     if center.shape != (v,):
         raise ValueError(f"center must have shape ({v},), got {tuple(center.shape)}")
     c = constant("center", center).to(accumulate_dtype(input.dtype))

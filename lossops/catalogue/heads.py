@@ -70,6 +70,11 @@ def linear_logit_adjusted_loss(
         arXiv 2007.07314
     """
     check_float("log_prior", log_prior)
+    if log_prior.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"log_prior must have shape {tuple(linear_weight.shape[:1])}, one value per class, got "
+            f"{tuple(log_prior.shape)}"
+        )
     bias = (tau * log_prior).to(linear_weight.dtype)
     bias = bias if head["linear_bias"] is None else head["linear_bias"] + bias
     loss: Tensor = linear_cross_entropy(
@@ -103,7 +108,7 @@ def linear_logit_clip_loss(
 
     Args:
         tau: τ. Default: ``1.0``.
-        clipped_norm: τ', the norm that rows beyond τ get; None for τ. Default: ``None``.
+        clipped_norm: τ' > 0, the norm that rows beyond τ get; None for τ. Default: ``None``.
 
     Note:
         The factor of a row multiplies its features, so the gradient of the norm is a product too.
@@ -114,6 +119,7 @@ def linear_logit_clip_loss(
     """
     above("tau", tau, 0)
     norm = tau if clipped_norm is None else clipped_norm
+    above("clipped_norm", norm, 0)
     scale = head["logit_scale"]
     check_float("input", input)
     squares = linear_spherical_loss(
@@ -162,6 +168,8 @@ def linear_shared_covariance_loss(
         >>> y, s = torch.tensor([3, 1, 4, 1]), 0.1 * torch.eye(8)
         >>> lossops.catalogue.linear_shared_covariance_loss(x, w, y, covariance=s).backward()
     """
+    check_float("input", input)
+    check_float("covariance", covariance)
     d = input.shape[-1]
     if covariance.shape != (d, d):
         raise ValueError(f"covariance must have shape {(d, d)}, got {tuple(covariance.shape)}")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, beside_target, between, constant
+from lossops.catalogue.checks import among, beside_target, between, constant, share
 from lossops.catalogue.contrastive import FAMILY, PAIRS
 from lossops.catalogue.keywords import some
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -174,15 +174,20 @@ def linear_hasa_loss(
         Zhang, Zhang, Molybog, HaSa: Hardness and Structure-Aware Contrastive Knowledge Graph
         Embedding, arXiv 2305.10563
     """
-    between("tau", tau, 0, 1 - 1e-9)
+    share("tau", tau)
     between("least", least, 1e-30, 1e30)
     acc = accumulate_dtype(input.dtype)
     if false_negatives is None:
         false_negatives = target.unsqueeze(-1)[..., :0]
-    listed = beside_target(target, false_negatives, head["ignore_index"])
+    listed = beside_target(target, "false_negatives", false_negatives, head["ignore_index"])
     present = (false_negatives >= 0).to(acc)
     given = present / present.sum(-1, keepdim=True).clamp_min(1)
     if false_weights is not None:
+        if false_weights.shape != present.shape:
+            raise ValueError(
+                f"false_weights must have the shape of false_negatives, {tuple(present.shape)}, "
+                f"got {tuple(false_weights.shape)}"
+            )
         given = constant("false_weights", false_weights).to(acc) * present
 
     def loss_fn(s: RowStatistics, u: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, at_least, beside_target, between, constant
+from lossops.catalogue.checks import among, at_least, beside_target, between, constant, share
 from lossops.catalogue.confidence import error_square
 from lossops.catalogue.keywords import without
 from lossops.catalogue.powers import log_1m_exp
@@ -68,13 +68,13 @@ def linear_error_norm_fraction_loss(
     Rank 0 is the largest; rows whose norm equals that at the cut are kept, as in the authors' code.
 
     Args:
-        fraction: part of the counted rows that is left out, in [0, 1).
+        fraction: part of the counted rows that is left out, in [0, 1), rounded down.
 
     Reference:
         Li, Xu, Koehn, Khashabi, Murray, Error Norm Truncation: Robust Training in the Presence of
         Data Noise for Text Generation Models, arXiv 2310.00840
     """
-    between("fraction", fraction, 0, 1)
+    share("fraction", fraction)
     norms = error_square(s).detach()
     cut = _largest(norms, counted, fraction)[1]
     return torch.where(norms <= cut, -s.log_p, 0.0)
@@ -167,7 +167,7 @@ def linear_unlikelihood_loss(
         Training, arXiv 1908.04319
     """
     between("floor", floor, 0, 1)
-    listed = beside_target(target, candidates, head["ignore_index"])
+    listed = beside_target(target, "candidates", candidates, head["ignore_index"])
     present = listed[..., 1:] >= 0
 
     def loss_fn(s: RowStatistics, present: Tensor) -> Tensor:
@@ -280,6 +280,11 @@ def linear_number_token_loss(
     """
     among("kind", kind, ("wasserstein", "mse"))
     at_least("lam", lam, 0)
+    if not numbers or not all(0 <= i < linear_weight.shape[0] for i in numbers):
+        raise ValueError(
+            f"numbers must give values of class ids in [0, {linear_weight.shape[0]}), at least "
+            f"one, got {numbers}"
+        )
     plain: Tensor = linear_cross_entropy(input, linear_weight, target, **head)
     x = head_inputs(input, linear_weight, head["linear_bias"], head["logit_scale"], None)
     acc = plain.dtype
