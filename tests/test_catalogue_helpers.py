@@ -62,6 +62,21 @@ def test_adaptive_lambda(backend: str) -> None:
     torch.testing.assert_close(found, 0.7 * (1 - divergence / (2.0 * math.log(23))))
 
 
+def test_adaptive_lambda_of_ignored_rows_and_scaled_logits() -> None:
+    """Ignored rows keep their λ: NaN there would be one in dx of the next step."""
+    x, w, _, y = make_inputs(6, 23, 5)
+    lam, kept = torch.rand(6).double() + 0.5, y.clone()
+    kept[2] = 0
+    expected = catalogue.adaptive_lambda(0.5 * x, w, y, lam, lam0=0.7, alpha=2.0)
+    expected[kept == 0] = lam[kept == 0]
+    found = catalogue.adaptive_lambda(
+        x, w, kept, lam, lam0=0.7, alpha=2.0, ignore_index=0, logit_scale=0.5
+    )
+    torch.testing.assert_close(found, expected)
+    one = catalogue.adaptive_lambda(x, w[:1], 0 * y, lam, lam0=0.7, alpha=2.0)
+    assert (one == 0.7).all()
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
 def test_min_k_scores(normalized: bool, k: float, backend: str) -> None:

@@ -243,6 +243,8 @@ def adaptive_lambda(
     lam0: float,
     alpha: float,
     margin: float = 1.0,
+    ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None,
 ) -> Tensor:
     """The next λ of `linear_adaptive_ldr_loss`: smaller where the distribution is certain.
 
@@ -256,6 +258,8 @@ def adaptive_lambda(
         lam0: λ_0.
         alpha: α, at least 1: λ' stays at or above 0.
         margin: c. Default: ``1.0``.
+        ignore_index: target id of rows that keep their λ; None means -100. Default: ``None``.
+        logit_scale: factor of x·w, as of the loss. Default: ``None``.
 
     Returns:
         λ', (...).
@@ -272,13 +276,17 @@ def adaptive_lambda(
     """
     at_least("alpha", alpha, 1)
     rows, lam = _cooled(input, lam)
-    s = linear_statistics(rows, linear_weight, target, names=("entropy",))
+    s = linear_statistics(
+        rows, linear_weight, target, names=("entropy",), ignore_index=ignore_index,
+        logit_scale=logit_scale,
+    )  # fmt: skip
     odds = s.target_minus_lse - margin / lam
     log_p, log_1mp = F.logsigmoid(odds), F.logsigmoid(-odds)
     others = s.relative("lse") - s.relative("mean")  # entropy of the negatives among themselves
     entropy = -log_p.exp() * log_p + log_1mp.exp() * (others - log_1mp)
     most = math.log(linear_weight.shape[0])
-    return lam0 * (1 - (most - entropy) / (alpha * most))
+    moved = lam0 * (1 - (most - entropy) / (alpha * most)) if most else torch.full_like(lam, lam0)
+    return torch.where(target == (-100 if ignore_index is None else ignore_index), lam, moved)
 
 
 def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
