@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_no_worse, value_and_gradients
+from test_catalogue import Case
 from torch import Tensor
 
 from lossops import catalogue
@@ -76,6 +77,22 @@ def test_how_many_rows_are_a_fraction_of_them(compiled: bool) -> None:
     call = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
     for k in (0, 55, 100) if compiled else range(101):
         assert int((call(k / 100) == 0).sum()) == k
+
+
+@pytest.mark.parametrize("name", ["number_token", "shared_covariance", "pairwise_logistic"])
+def test_products_beside_the_head_under_autocast(name: str, backend: str) -> None:
+    """Autocast rounds inputs, not what is computed of them: as with bfloat16 inputs."""
+    case = Case(name, dtype=torch.bfloat16)
+    half = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
+    case.extras = {n: t.float() for n, t in case.extras.items()}
+
+    def loss(*leaves: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return case.ours(*leaves, backend=backend)
+
+    wide = value_and_gradients(loss, [t.float() for t in case.leaves])
+    for a, b in zip(wide, half, strict=True):
+        assert_no_worse(name, a.to(b.dtype), b, b.double())
 
 
 def test_a_candidate_that_is_certain(backend: str) -> None:

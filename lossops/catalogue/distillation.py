@@ -199,7 +199,8 @@ def dino_center(
     """
     between("momentum", momentum, 0, 1)
     mean = features.to(center.dtype).flatten(0, -2).mean(0)
-    logits = weight.to(center.dtype) @ mean
+    with without_autocast(center.device):
+        logits = weight.to(center.dtype) @ mean
     logits = logits if bias is None else logits + bias.to(center.dtype)
     return momentum * center + (1 - momentum) * logits
 

@@ -23,6 +23,7 @@ from lossops.cross_entropy import linear_cross_entropy
 from lossops.inputs import check_float
 from lossops.linear import linear_loss, linear_statistics
 from lossops.reference import accumulate_dtype
+from lossops.schedules import without_autocast
 from lossops.spherical import linear_spherical_loss
 from lossops.statistics import RowStatistics
 
@@ -177,11 +178,12 @@ def linear_shared_covariance_loss(
     s = strength * covariance.to(acc)
     taught = target.clamp(0, linear_weight.shape[0] - 1)
     wide = linear_weight.to(acc)  # half precision would round features and biases once more
-    moved = input.to(acc) - wide[taught] @ s
-    bias = ((wide @ s) * wide).sum(1) / 2
-    if head["linear_bias"] is not None:
-        bias = bias + head["linear_bias"].to(acc)
-    loss: Tensor = linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
+    with without_autocast(input.device):
+        moved = input.to(acc) - wide[taught] @ s
+        bias = ((wide @ s) * wide).sum(1) / 2
+        if head["linear_bias"] is not None:
+            bias = bias + head["linear_bias"].to(acc)
+        loss: Tensor = linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
     return loss
 
 

@@ -18,7 +18,7 @@ from lossops.catalogue.checks import among, beside_target, between, constant, sh
 from lossops.catalogue.contrastive import FAMILY, PAIRS
 from lossops.catalogue.keywords import some
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import check_float
+from lossops.inputs import check_float, head_inputs
 from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.statistics import RowStatistics
@@ -119,12 +119,12 @@ def linear_pairwise_logistic_loss(
         Zhan, Mao, Liu, Guo, Zhang, Ma, Optimizing Dense Retrieval Model Training with Hard
         Negatives, arXiv 2104.08051
     """
-    check_float("input", input)
-    acc = accumulate_dtype(input.dtype)
+    dtype = head_inputs(input, linear_weight, None, head["logit_scale"], None).x.dtype
+    acc, input, linear_weight = accumulate_dtype(dtype), input.to(dtype), linear_weight.to(dtype)
     own = linear_weight[target.clamp(0, linear_weight.shape[0] - 1)]
     z = (input.to(acc) * own.to(acc)).sum(-1, keepdim=True)
-    high = z.to(input.dtype)
-    low = (z - high.to(acc)).to(input.dtype)  # half precision alone would round z_y
+    high = z.to(dtype)
+    low = (z - high.to(acc)).to(dtype)  # half precision alone would round z_y
     minus = -torch.ones_like(linear_weight[:, :2])
     rows = torch.cat([input, high, low], -1)
     return linear_loss(

@@ -19,6 +19,7 @@ from lossops.catalogue.recipe import ONE_SWEEP, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
 from lossops.inputs import head_inputs, row_weight
 from lossops.linear import linear_loss
+from lossops.schedules import without_autocast
 from lossops.statistics import RowStatistics
 
 FAMILY = "Selection"
@@ -290,7 +291,8 @@ def linear_number_token_loss(
     acc = plain.dtype
     ids = torch.tensor(list(numbers), device=input.device)
     value = torch.tensor(list(numbers.values()), device=input.device, dtype=acc)
-    z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
+    with without_autocast(input.device):
+        z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
     z = z if x.scale is None else z * x.scale.to(acc)
     z = z if x.b is None else z + x.b[ids].to(acc)
     q = z.softmax(1)
