@@ -195,6 +195,8 @@ def test_the_centre_of_dino_moves_to_the_mean_logits() -> None:
     c = torch.randn(V, dtype=torch.float64)
     found = catalogue.dino_center(c, *head.teacher, momentum=0.8)
     torch.testing.assert_close(found, 0.8 * c + 0.2 * head.teacher_logits.mean(0))
+    features, weight, bias = head.teacher
+    assert torch.equal(catalogue.dino_center(c, features[:0], weight, bias), c)
 
 
 ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -227,3 +229,12 @@ def test_errors(error: str) -> None:
     x, w = torch.randn(N, D), torch.randn(V, D)
     with pytest.raises(kind, match=message):
         catalogue.linear_distillation_loss(x, w, teacher, **keywords)
+
+
+@pytest.mark.parametrize("name", ["normalized_focal", "distillation"])
+def test_a_compiler_is_told_why(name: str) -> None:
+    x, w = torch.randn(N, D), torch.randn(V, D)
+    other = (x, w) if name == "distillation" else torch.arange(N)
+    call = torch.compile(catalogue.RECIPES[name].face, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="over chunks of logits does not go into a graph"):
+        call(x, w, other)

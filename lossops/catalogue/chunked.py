@@ -74,11 +74,6 @@ def chunked_loss(
         options: ``chunk_rows`` and memory.
         backend: who computes logits and products.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "a loss over chunks of logits does not go into a graph; call it outside of the "
-            "compiled function, on its features"
-        )
     opts = checked_options(options)
     rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
     chosen = backends.select(backend, head.x.device, head.x.dtype)
@@ -87,6 +82,15 @@ def chunked_loss(
         ChunkedLoss, head.x, head.w, head.b, head.scale, factors.detach(), call, reduced
     )
     return found
+
+
+def refuse_compilers() -> None:
+    """Raise while a graph is traced, before what else would fail there in other words."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a loss over chunks of logits does not go into a graph; call it outside of the "
+            "compiled function, on its features"
+        )
 
 
 def loss_of_logits(

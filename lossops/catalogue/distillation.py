@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lossops import backends
 from lossops.catalogue.checks import above, among, between, constant
-from lossops.catalogue.chunked import RowLosses, loss_of_logits
+from lossops.catalogue.chunked import RowLosses, loss_of_logits, refuse_compilers
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -177,7 +177,7 @@ def dino_center(
 ) -> Tensor:
     """The next centre of `linear_dino_loss`, from the mean of the teacher's logits.
 
-    c' = momentum · c + (1 - momentum) · (mean_n x_n) wᵀ
+    c' = momentum · c + (1 - momentum) · (mean_n x_n) wᵀ,   c where there are no rows
 
     Args:
         center: c, (V,).
@@ -198,7 +198,10 @@ def dino_center(
         tensor([0.4000, 0.4000, 0.4000])
     """
     between("momentum", momentum, 0, 1)
-    mean = features.to(center.dtype).flatten(0, -2).mean(0)
+    rows = features.to(center.dtype).reshape(-1, features.shape[-1])
+    if not rows.shape[0]:
+        return center.clone()
+    mean = rows.mean(0)
     with without_autocast(center.device):
         logits = weight.to(center.dtype) @ mean
     logits = logits if bias is None else logits + bias.to(center.dtype)
@@ -296,6 +299,7 @@ def _against(
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The reduced loss of the student's and the teacher's logits, chunk by chunk."""
+    refuse_compilers()
     student = head_inputs(
         input, linear_weight, head["linear_bias"], head["logit_scale"], head["softcap"]
     )

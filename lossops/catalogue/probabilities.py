@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between, ratio
-from lossops.catalogue.chunked import loss_of_logits
+from lossops.catalogue.chunked import loss_of_logits, refuse_compilers
 from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import composed
 from lossops.inputs import class_ids, head_inputs
@@ -110,6 +110,7 @@ def _of_rows(
     input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any], losses: Any
 ) -> Tensor:
     """The loss of a face whose F takes logits (R, V) and targets (R, 1)."""
+    refuse_compilers()
     given = head_inputs(
         input, linear_weight, head["linear_bias"], head["logit_scale"], head["softcap"]
     )
