@@ -95,6 +95,18 @@ def test_products_beside_the_head_under_autocast(name: str, backend: str) -> Non
         assert_no_worse(name, a.to(b.dtype), b, b.double())
 
 
+def test_a_time_in_half_precision_is_not_rounded_again(backend: str) -> None:
+    t = torch.tensor([0.7, 0.9]).bfloat16()
+    y = torch.tensor([0, 1])
+
+    def loss(t: Tensor) -> Tensor:
+        return catalogue.linear_bayesian_flow_loss(
+            SURE, EYE, y, time=t, accuracy=3.0, reduction="none", backend=backend
+        )
+
+    assert torch.equal(loss(t), loss(t.float()))
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])
