@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_no_worse, value_and_gradients
-from test_catalogue import Case
+from test_catalogue import FEATURES, RECIPES, Case
+from test_near_far import always_far, trained
 from torch import Tensor
 
 from lossops import catalogue
+from lossops_bench.dense import DENSE
 from lossops_bench.dense import pairs as dense
 
 EYE = torch.eye(4)
@@ -197,3 +199,22 @@ def test_the_gradient_of_an_exponent_where_it_is_0(off: float, backend: str) -> 
     torch.testing.assert_close(found[0], slope, rtol=1e-13, atol=0)
     plain = torch.autograd.grad(loss(x, tau.item()), x)[0]
     torch.testing.assert_close(found[1], plain, rtol=1e-12, atol=1e-15)
+
+
+NEAR = [n for n, r in RECIPES.items() if "near_threshold" in r.head and not DENSE[n].whole]
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_and_far_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach every recipe that takes them: the same loss, another gradient."""
+    always_far(monkeypatch)
+    case, (x, w, y) = Case(name, rows=256, classes=300), trained(n=256, v=300, d=FEATURES)
+    case.y, case.targets = y, (y,) if case.targets else ()
+
+    def of(near: float | None) -> list[Tensor]:
+        return value_and_gradients(lambda x, w: case.ours(x, w, near_threshold=near), (x, w))
+
+    found, exact = of(0.5), of(None)
+    torch.testing.assert_close(found[0], exact[0])
+    assert not torch.equal(found[2], exact[2])
+    assert (found[2] - exact[2]).norm() < exact[2].norm()

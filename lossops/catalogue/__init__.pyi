@@ -25,7 +25,8 @@ def linear_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearFocalLoss(CatalogueModule):
@@ -39,7 +40,8 @@ def linear_dual_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearDualFocalLoss(CatalogueModule):
@@ -53,7 +55,8 @@ def linear_poly_loss(
     epsilon: float | Tensor | Sequence[float] = 1.0, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyLoss(CatalogueModule):
@@ -67,7 +70,8 @@ def linear_poly_focal_loss(
     gamma: float | Tensor = 2.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyFocalLoss(CatalogueModule):
@@ -82,7 +86,8 @@ def linear_encouraging_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearEncouragingLoss(CatalogueModule):
@@ -96,7 +101,8 @@ def linear_squentropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSquentropyLoss(CatalogueModule):
@@ -110,7 +116,8 @@ def linear_max_sup_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaxSupLoss(CatalogueModule):
@@ -123,7 +130,8 @@ def linear_stable_max_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearStableMaxLoss(CatalogueModule):
@@ -137,7 +145,8 @@ def linear_logit_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitPenaltyLoss(CatalogueModule):
@@ -151,7 +160,8 @@ def linear_confidence_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearConfidencePenaltyLoss(CatalogueModule):
@@ -164,7 +174,8 @@ def linear_brier_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBrierLoss(CatalogueModule):
@@ -178,7 +189,8 @@ def linear_bayesian_flow_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBayesianFlowLoss(CatalogueModule):
@@ -213,8 +225,8 @@ def linear_logit_adjusted_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, log_prior: Tensor, tau: float = 1.0,
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitAdjustedLoss(CatalogueModule):
@@ -227,8 +239,8 @@ def linear_logit_clip_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, tau: float = 1.0,
     clipped_norm: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitClipLoss(CatalogueModule):
@@ -241,7 +253,8 @@ def linear_shared_covariance_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, covariance: Tensor,
     strength: float = 1.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSharedCovarianceLoss(CatalogueModule):
@@ -255,7 +268,8 @@ def linear_adaptive_ldr_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: Tensor, margin: float = 1.0,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearAdaptiveLdrLoss(CatalogueModule):
@@ -268,7 +282,8 @@ def linear_cos_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.4, filter_above: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCosFaceLoss(CatalogueModule):
@@ -281,8 +296,8 @@ def linear_arc_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    ignore_index: int | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    ignore_index: int | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearArcFaceLoss(CatalogueModule):
@@ -296,7 +311,8 @@ def linear_combined_margin_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
     m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCombinedMarginLoss(CatalogueModule):
@@ -372,7 +388,8 @@ def linear_hasa_loss(
     false_weights: Tensor | None = None, tau: float = 0.05, margin: float = 1.0,
     least: float = 1.0, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearHasaLoss(CatalogueModule):
@@ -387,7 +404,8 @@ def linear_comp_sum_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCompSumLoss(CatalogueModule):
@@ -401,7 +419,8 @@ def linear_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -414,7 +433,8 @@ def linear_mae_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaeLoss(CatalogueModule):
@@ -427,7 +447,8 @@ def linear_sum_exp_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSumExpLoss(CatalogueModule):
@@ -440,7 +461,8 @@ def linear_normalized_cross_entropy_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedCrossEntropyLoss(CatalogueModule):
@@ -454,7 +476,8 @@ def linear_reverse_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearReverseCrossEntropyLoss(CatalogueModule):
@@ -468,7 +491,8 @@ def linear_normalized_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -483,7 +507,8 @@ def linear_active_passive_loss(
     passive: str = 'reverse_cross_entropy', linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearActivePassiveLoss(CatalogueModule):
@@ -499,7 +524,8 @@ def linear_ldr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLdrLoss(CatalogueModule):
@@ -542,8 +568,8 @@ def linear_top_k_distillation_loss(
     input: Tensor, linear_weight: Tensor, ids: Tensor, *, log_probs: Tensor, tail: str = 'bucket',
     temperature: float = 1.0, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean',
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearTopKDistillationLoss(CatalogueModule):
@@ -558,7 +584,8 @@ def linear_error_norm_truncation_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormTruncationLoss(CatalogueModule):
@@ -572,7 +599,8 @@ def linear_error_norm_fraction_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormFractionLoss(CatalogueModule):
@@ -586,7 +614,8 @@ def linear_sovr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSovrLoss(CatalogueModule):
@@ -601,7 +630,8 @@ def linear_unlikelihood_loss(
     alpha: float = 1.0, floor: float = 1e-05, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUnlikelihoodLoss(CatalogueModule):
@@ -616,7 +646,8 @@ def linear_number_token_loss(
     lam: float = 0.3, kind: str = 'wasserstein', linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNumberTokenLoss(CatalogueModule):
@@ -631,7 +662,8 @@ def linear_crammer_singer_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCrammerSingerLoss(CatalogueModule):
@@ -644,7 +676,8 @@ def linear_one_vs_rest_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearOneVsRestLoss(CatalogueModule):
@@ -658,7 +691,8 @@ def linear_meco_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMecoLoss(CatalogueModule):
@@ -726,7 +760,8 @@ def linear_masked_diffusion_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, masked: Tensor,
     level: Tensor | None = None, rate: Tensor | None = None, kind: str = 'lambda',
     linear_bias: Tensor | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaskedDiffusionLoss(CatalogueModule):
@@ -740,7 +775,8 @@ def linear_uniform_kl_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUniformKlLoss(CatalogueModule):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossops.catalogue.checks import above, at_least, constant
-from lossops.catalogue.keywords import some, without
+from lossops.catalogue.keywords import without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.cross_entropy import linear_cross_entropy
 from lossops.inputs import check_float
@@ -192,9 +192,7 @@ def linear_shared_covariance_loss(
     use="label-distributional robustness with a temperature of its own for each row",
     statistics=("lse", "target"),
     memory=ONE_SWEEP,
-    head=some(
-        "weight", "sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"
-    ),
+    head=without("linear_bias", "softcap"),
 )
 def linear_adaptive_ldr_loss(
     input: Tensor,

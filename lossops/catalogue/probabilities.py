@@ -15,12 +15,14 @@ from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between, ratio
 from lossops.catalogue.chunked import loss_of_logits, refuse_compilers
+from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import composed
 from lossops.inputs import class_ids, head_inputs
 
 FAMILY = "Every probability"
 LOGITS = "a chunk of logits, 3 GEMMs"
+CHUNKED: Keywords = without("near_threshold")
 
 
 @composed(
@@ -28,6 +30,7 @@ LOGITS = "a chunk of logits, 3 GEMMs"
     use="focal loss as the active half under label noise",
     statistics="logits of a chunk of rows",
     memory=LOGITS,
+    head=CHUNKED,
 )
 def linear_normalized_focal_loss(
     input: Tensor,
@@ -65,6 +68,7 @@ def linear_normalized_focal_loss(
     use="asymmetric loss for a single label",
     statistics="logits of a chunk of rows",
     memory=LOGITS,
+    head=CHUNKED,
 )
 def linear_single_label_asymmetric_loss(
     input: Tensor,

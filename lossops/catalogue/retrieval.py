@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossops.catalogue.checks import among, beside_target, between, constant, share
 from lossops.catalogue.contrastive import FAMILY, PAIRS
-from lossops.catalogue.keywords import some
+from lossops.catalogue.keywords import some, without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.inputs import check_float, head_inputs
 from lossops.linear import linear_loss
@@ -138,7 +138,7 @@ def linear_pairwise_logistic_loss(
     use="entities or documents among whose negatives are unlabelled positives",
     statistics=("lse", "lse@2", "target"),
     memory=ONE_SWEEP,
-    head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"),
+    head=without("linear_bias", "weight", "softcap"),
 )
 def linear_hasa_loss(
     input: Tensor,
