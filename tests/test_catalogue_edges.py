@@ -109,6 +109,14 @@ def test_a_time_in_half_precision_is_not_rounded_again(backend: str) -> None:
     assert torch.equal(loss(t), loss(t.float()))
 
 
+@pytest.mark.parametrize("name", ["focal", "poly_focal"])
+def test_no_focus_on_the_one_class_there_is(name: str, backend: str) -> None:
+    """γ = 0 is cross-entropy: 0 of one class, not 0 · log 0."""
+    face, x, w, y = RECIPES[name].face, torch.randn(2, 4), EYE[:1], torch.tensor([0, 0])
+    found = value_and_gradients(lambda x, w: face(x, w, y, gamma=0.0, backend=backend), (x, w))
+    assert not any(t.any() for t in found)
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])
