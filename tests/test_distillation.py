@@ -91,6 +91,13 @@ def test_forms_of_a_teacher(form: str, backend: str) -> None:
     assert not asked or asked == [4, 4, 3]  # never the logits of all rows at once
 
 
+def test_a_teacher_without_a_bias() -> None:
+    """``(features, layer.weight, layer.bias)`` of a layer that has none."""
+    head = Head()
+    two = ours(head, head.teacher[:2], "auto")
+    torch.testing.assert_close(ours(head, (*head.teacher[:2], None), "auto"), two)
+
+
 def test_backward_twice_and_scaled(backend: str) -> None:
     head = Head()
     x = head.leaves[0].requires_grad_()
@@ -211,6 +218,14 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "function": (
         lambda first, stop: torch.zeros(1, V), {}, ValueError,
         r"teacher\(0, 11\) must give logits of shape \(11, 37\), got \(1, 37\)",
+    ),
+    "no logits": (
+        lambda first, stop: [0.0], {}, TypeError,
+        r"what teacher\(0, 11\) gives must be a tensor, got list",
+    ),
+    "no tensor": (
+        (torch.zeros(N, 3), None), {}, TypeError,
+        "each tensor of teacher must be a tensor, got None",
     ),
     "gradient": (
         torch.zeros(N, V, requires_grad=True), {}, ValueError,

@@ -27,7 +27,7 @@ from lossops.catalogue.chunked import RowLosses, loss_of_logits, refuse_compiler
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import HeadInputs, check_float, head_inputs
+from lossops.inputs import HeadInputs, check_float, check_tensor, head_inputs
 from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.schedules import row_stride, without_autocast
@@ -338,6 +338,10 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
             "teacher must be logits, (features, weight) or (features, weight, bias), or a function "
             f"of (first, stop), got {type(teacher).__name__}"
         )
+    if len(teacher) == 3 and teacher[2] is None:  # the bias of a layer without one
+        teacher = teacher[:2]
+    for t in teacher:
+        check_float("each tensor of teacher", t)
     features, weight, *more = (constant("each tensor of teacher", t) for t in teacher)
     given = head_inputs(features, weight, more[0] if more else None, None, None)
     if given.lead != student.lead or given.w.shape[0] != v:
@@ -361,6 +365,7 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
 
 
 def _given(logits: Tensor, rows: slice, v: int) -> Tensor:
+    check_tensor(f"what teacher({rows.start}, {rows.stop}) gives", logits)
     if logits.shape != (rows.stop - rows.start, v):
         raise ValueError(
             f"teacher({rows.start}, {rows.stop}) must give logits of shape "
