@@ -98,6 +98,24 @@ def test_a_teacher_without_a_bias() -> None:
     torch.testing.assert_close(ours(head, (*head.teacher[:2], None), "auto"), two)
 
 
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd", "binary_kl"])
+def test_classes_that_neither_can_choose(kind: str, backend: str) -> None:
+    """Padding of the vocabulary, -inf in both: as if it were not there."""
+    head, kept = Head(), torch.arange(V) % 5 != 3
+    x, w = head.leaves[:2]
+    closed = torch.zeros(V, dtype=x.dtype).masked_fill(~kept, -torch.inf)
+    teacher = head.teacher_logits
+
+    def loss(x: Tensor, w: Tensor, zt: Tensor, b: Tensor | None = None) -> Tensor:
+        return catalogue.linear_distillation_loss(
+            x, w, zt, kind=kind, linear_bias=b, backend=backend
+        )
+
+    found = value_and_gradients(lambda x, w: loss(x, w, teacher + closed, closed), (x, w))
+    fewer = value_and_gradients(lambda x, w: loss(x, w[kept], teacher[:, kept]), (x, w))
+    torch.testing.assert_close(found, fewer, rtol=1e-9, atol=1e-11)
+
+
 def test_backward_twice_and_scaled(backend: str) -> None:
     head = Head()
     x = head.leaves[0].requires_grad_()

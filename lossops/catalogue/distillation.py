@@ -91,7 +91,7 @@ def linear_distillation_loss(
 
     def divergence(z: Tensor, zt: Tensor) -> Tensor:
         if kind == "binary_kl":
-            u = (z - zt) / temperature
+            u = torch.where(z == zt, 0.0, z - zt) / temperature  # of -inf and -inf, too
             # log((e^{u/2} + e^{-u/2}) / 2) without the cancellation of softplus(u) - u / 2 - log 2
             each = u.abs() / 2 + torch.log1p(torch.expm1(-u.abs()) / 2)
             return temperature**2 * each.sum(1)
@@ -101,6 +101,8 @@ def linear_distillation_loss(
         elif kind == "reverse_kl":
             found = _kl(s, t)
         else:
+            least = torch.finfo(s.dtype).min / 4  # -inf and -inf have a sum, but no gradient
+            t, s = t.clamp_min(least), s.clamp_min(least)
             m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
             found = beta * _kl(t, m) + (1 - beta) * _kl(s, m)
         return temperature**2 * found
