@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_no_worse, value_and_gradients
-from test_catalogue import FEATURES, RECIPES, Case
+from test_catalogue import FEATURES, RECIPES, Case, assert_same
 from test_near_far import always_far, trained
 from torch import Tensor
 
@@ -115,6 +115,21 @@ def test_no_focus_on_the_one_class_there_is(name: str, backend: str) -> None:
     face, x, w, y = RECIPES[name].face, torch.randn(2, 4), EYE[:1], torch.tensor([0, 0])
     found = value_and_gradients(lambda x, w: face(x, w, y, gamma=0.0, backend=backend), (x, w))
     assert not any(t.any() for t in found)
+
+
+def test_the_form_of_a_covariance_sees_its_symmetric_part(backend: str) -> None:
+    """Value and gradient of any S are those of the quadratic form as it is written."""
+    case = Case("shared_covariance")
+    skew = case.extras.pop("covariance")
+    skew[0, 1] += 0.3
+
+    def ours(s: Tensor) -> Tensor:
+        return case.ours(*case.leaves, covariance=s, backend=backend)
+
+    def plain(s: Tensor) -> Tensor:
+        return DENSE["shared_covariance"].losses(*case.leaves, case.y, s, **case.own).mean()
+
+    assert_same(value_and_gradients(ours, (skew,)), value_and_gradients(plain, (skew,)))
 
 
 def test_a_candidate_that_is_certain(backend: str) -> None:

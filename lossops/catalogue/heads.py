@@ -160,7 +160,7 @@ def linear_shared_covariance_loss(
     It bounds the expected cross-entropy of Gaussian features of covariance λ S.
 
     Args:
-        covariance: S, (D, D), symmetric.
+        covariance: S, (D, D); its symmetric part is what counts.
         strength: λ. Default: ``1.0``.
 
     Example:
@@ -175,7 +175,8 @@ def linear_shared_covariance_loss(
     if covariance.shape != (d, d):
         raise ValueError(f"covariance must have shape {(d, d)}, got {tuple(covariance.shape)}")
     acc = accumulate_dtype(input.dtype)
-    s = strength * covariance.to(acc)
+    s = covariance.to(acc)
+    s = strength / 2 * (s + s.T)  # the form sees no more of it
     taught = target.clamp(0, linear_weight.shape[0] - 1)
     wide = linear_weight.to(acc)  # half precision would round features and biases once more
     with without_autocast(input.device):
