@@ -34,7 +34,7 @@ def linear_focal_loss(s: RowStatistics, *, gamma: float | Tensor = 2.0) -> Tenso
         Lin, Goyal, Girshick, He, Dollár, Focal Loss for Dense Object Detection, arXiv 1708.02002
     """
     at_least("gamma", gamma, 0)
-    return -_missed(s, gamma) * s.log_p
+    return -raised(s.log_1mp.exp(), gamma) * s.log_p
 
 
 @recipe(
@@ -100,7 +100,8 @@ def linear_poly_focal_loss(
         Classification Loss Functions, arXiv 2204.12511
     """
     at_least("gamma", gamma, 0)
-    return _missed(s, gamma) * (epsilon * s.log_1mp.exp() - s.log_p)
+    missed = s.log_1mp.exp()
+    return raised(missed, gamma) * (epsilon * missed - s.log_p)
 
 
 @recipe(family=FAMILY, use="keeps learning from rows that are right already")
@@ -263,11 +264,6 @@ def linear_bayesian_flow_loss(s: RowStatistics, *, time: Tensor, accuracy: float
         Graves, Srivastava, Atkinson, Gomez, Bayesian Flow Networks, arXiv 2308.07037
     """
     return time * (s.num_classes * accuracy * error_square(s))  # a half-precision t as it is
-
-
-def _missed(s: RowStatistics, gamma: float | Tensor) -> Tensor:
-    """(1 - p)^γ, (R,); 1 for γ = 0 where p = 1, too."""
-    return (gamma * s.log_1mp.clamp_min(torch.finfo(s.shift.dtype).min)).exp()
 
 
 def error_square(s: RowStatistics) -> Tensor:
