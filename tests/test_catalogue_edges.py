@@ -12,7 +12,7 @@ from test_catalogue import FEATURES, RECIPES, Case, assert_same
 from test_near_far import always_far, trained
 from torch import Tensor
 
-from lossops import catalogue
+from lossops import LinearLossOptions, catalogue
 from lossops_bench.dense import DENSE
 from lossops_bench.dense import pairs as dense
 
@@ -130,6 +130,22 @@ def test_the_form_of_a_covariance_sees_its_symmetric_part(backend: str) -> None:
         return DENSE["shared_covariance"].losses(*case.leaves, case.y, s, **case.own).mean()
 
     assert_same(value_and_gradients(ours, (skew,)), value_and_gradients(plain, (skew,)))
+
+
+def test_a_scale_of_one_element_for_one_row(backend: str) -> None:
+    """Features (D,), a scale (1,): no dim of the scale gets among those of the rows."""
+    x, y, scale = torch.randn(4), torch.tensor(2), torch.tensor([3.0])
+    for name in ("focal", "logit_clip"):
+        face = RECIPES[name].face
+        one = face(x, EYE, y, logit_scale=scale, reduction="none", backend=backend)
+        rows = face(x[None], EYE, y[None], logit_scale=3.0, reduction="none", backend=backend)
+        assert torch.equal(one, rows[0])
+
+
+def test_options_of_another_gradient_are_refused() -> None:
+    options = LinearLossOptions(near_target_error=0.01)
+    with pytest.raises(ValueError, match=r"near_target_error=0\.01 needs near_threshold='auto'"):
+        catalogue.linear_normalized_focal_loss(SURE, EYE, torch.tensor([0, 1]), options=options)
 
 
 def test_a_candidate_that_is_certain(backend: str) -> None:

@@ -31,6 +31,7 @@ from lossops.inputs import (
     checked_options,
     class_weight,
     has_target,
+    near_request,
     row_weight,
 )
 from lossops.linear import row_factors
@@ -75,6 +76,7 @@ def chunked_loss(
         backend: who computes logits and products.
     """
     opts = checked_options(options)
+    near_request(None, opts)  # there is none here
     rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
     chosen = backends.select(backend, head.x.device, head.x.dtype)
     call = _Call(losses, head.softcap, rows, chosen.primitives())

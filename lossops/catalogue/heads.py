@@ -20,7 +20,7 @@ from lossops.catalogue.checks import above, at_least, constant
 from lossops.catalogue.keywords import without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.cross_entropy import linear_cross_entropy
-from lossops.inputs import check_float
+from lossops.inputs import check_float, head_inputs
 from lossops.linear import linear_loss, linear_statistics
 from lossops.reference import accumulate_dtype
 from lossops.schedules import without_autocast
@@ -128,7 +128,9 @@ def linear_logit_clip_loss(
         reduction="none", ignore_index=head["ignore_index"], backend=head["backend"],
     )  # fmt: skip
     if scale is not None:
-        squares = squares * torch.as_tensor(scale, dtype=squares.dtype).square()
+        own = head_inputs(input, linear_weight, None, scale, None).scale
+        assert own is not None
+        squares = squares * own.to(squares.dtype).square()
     long = squares > tau * tau
     factor = torch.where(long, norm / torch.where(long, squares, 1.0).sqrt(), 1.0)
     scaled = (input.to(factor.dtype) * factor.unsqueeze(-1)).to(input.dtype)
