@@ -371,16 +371,16 @@ def ge2e_loss(
 ) -> Tensor: ...
 
 def linear_pairwise_logistic_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, sample_weight: Tensor | None = None,
-    reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
+    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPairwiseLogisticLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, device: Any = None, dtype: Any = None,
-        **options: Any,
+        in_features: int, num_classes: int, *, bias: bool = False, device: Any = None,
+        dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_hasa_loss(

@@ -60,7 +60,7 @@ def linear_normalized_focal_loss(
         lost = (1 - log_p.detach().exp()) ** gamma * log_p
         return ratio(lost.gather(1, y).squeeze(1), lost.sum(1))
 
-    return _of_rows(input, linear_weight, target, head, losses)
+    return of_rows(input, linear_weight, target, head, losses)
 
 
 @composed(
@@ -107,10 +107,10 @@ def linear_single_label_asymmetric_loss(
         faded = ((gamma_neg * log_p).exp() * log_p).scatter(1, y, 0.0)
         return -of_target - share * faded.sum(1)
 
-    return _of_rows(input, linear_weight, target, head, losses)
+    return of_rows(input, linear_weight, target, head, losses)
 
 
-def _of_rows(
+def of_rows(
     input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any], losses: Any
 ) -> Tensor:
     """The loss of a face whose F takes logits (R, V) and targets (R, 1)."""
