@@ -166,6 +166,29 @@ def test_a_positive_below_every_one_of_many_negatives(backend: str) -> None:
         assert_no_worse("pairwise logistic", a, b, c)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoupled_contrastive", "nt_xent_margin", "debiased_contrastive",
+        "hard_negative_contrastive",
+    ],
+)  # fmt: skip
+def test_a_temperature_that_learns(name: str, backend: str) -> None:
+    """As that of CLIP: a contrastive loss is the place where a temperature is learned."""
+    for variant in range(len(DENSE[name].variants)):
+        case = Case(name, variant)
+        case.own.pop("temperature", None)
+
+        def ours(a: Tensor, b: Tensor, t: Tensor, case: Case = case) -> Tensor:
+            return case.ours(a, b, temperature=t, backend=backend)
+
+        def plain(a: Tensor, b: Tensor, t: Tensor, case: Case = case) -> Tensor:
+            return case.row.losses(a, b, temperature=t, **case.own).mean()
+
+        inputs = (*case.leaves, torch.tensor(0.3, dtype=torch.float64))
+        assert_same(value_and_gradients(ours, inputs), value_and_gradients(plain, inputs))
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])

@@ -200,25 +200,26 @@ class LinearBayesianFlowLoss(CatalogueModule):
     ) -> None: ...
 
 def decoupled_contrastive_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.1,
     weight_temperature: float | None = None, reduction: str = 'mean',
     options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 def nt_xent_margin_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.03, margin: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.03, margin: float = 0.1,
     angular_margin: float = 0.0, reduction: str = 'mean', options: LinearLossOptions | None = None,
     backend: str = 'auto',
 ) -> Tensor: ...
 
 def debiased_contrastive_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.5, tau_plus: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.5, tau_plus: float = 0.1,
     reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 def hard_negative_contrastive_loss(
-    first: Tensor, second: Tensor, *, beta: float, temperature: float = 0.5, tau_plus: float = 0.1,
-    reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
+    first: Tensor, second: Tensor, *, beta: float, temperature: float | Tensor = 0.5,
+    tau_plus: float = 0.1, reduction: str = 'mean', options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 def linear_logit_adjusted_loss(

@@ -50,7 +50,7 @@ def decoupled_contrastive_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     weight_temperature: float | None = None,
 ) -> Tensor:
     """Decoupled contrastive learning (DCL, DCLW), of the first view against both.
@@ -64,7 +64,7 @@ def decoupled_contrastive_loss(
     Args:
         first: features of one view, (N, D) floating point.
         second: features of the other view, (N, D).
-        temperature: T. Default: ``0.1``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.1``.
         weight_temperature: σ; None for a = 1. Default: ``None``.
 
     Returns:
@@ -107,7 +107,7 @@ def nt_xent_margin_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.03,
+    temperature: float | Tensor = 0.03,
     margin: float = 0.1,
     angular_margin: float = 0.0,
 ) -> Tensor:
@@ -120,7 +120,7 @@ def nt_xent_margin_loss(
     Args:
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
-        temperature: T. Default: ``0.03``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.03``.
         margin: m, taken from the positive. Default: ``0.1``.
         angular_margin: added to the angle of the positive, radians. Default: ``0.0``.
 
@@ -157,7 +157,7 @@ def debiased_contrastive_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     tau_plus: float = 0.1,
 ) -> Tensor:
     """Debiased contrastive loss: the share of positives among the negatives is taken out.
@@ -169,7 +169,7 @@ def debiased_contrastive_loss(
     Args:
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
-        temperature: T. Default: ``0.5``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.5``.
         tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
 
     Returns:
@@ -202,7 +202,7 @@ def hard_negative_contrastive_loss(
     head: dict[str, Any],
     *,
     beta: float,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     tau_plus: float = 0.1,
 ) -> Tensor:
     """Hard-negative contrastive loss: negatives weigh more the closer they are.
@@ -219,7 +219,7 @@ def hard_negative_contrastive_loss(
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
         beta: β, at least 0; it is tuned.
-        temperature: T. Default: ``0.5``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.5``.
         tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
 
     Returns:
@@ -243,7 +243,7 @@ def _debiased(
     first: Tensor,
     second: Tensor,
     head: dict[str, Any],
-    temperature: float,
+    temperature: float | Tensor,
     tau_plus: float,
     beta: float,
 ) -> Tensor:
@@ -267,9 +267,10 @@ def _debiased(
         least = math.log(n) - 1 / temperature - s.shift
         return F.softplus(torch.maximum(log_g, least) - own, threshold=50)
 
+    learned = [temperature] if isinstance(temperature, Tensor) else []
     return linear_loss(
         both, both, torch.stack([partner, self_ids], 1), loss_fn, names=(*hard, "target"),
-        logit_scale=1 / temperature, **head,
+        parameters=learned, logit_scale=1 / temperature, **head,
     )  # fmt: skip
 
 
