@@ -108,6 +108,14 @@ def test_min_k_takes_no_token_too_many() -> None:
         torch.testing.assert_close(found, ordered[:k].mean(), rtol=1e-9, atol=0)
 
 
+def test_texts_without_tokens() -> None:
+    x, w, y = torch.randn(2, 3, 5), torch.randn(7, 5), torch.tensor([[-100, -100, -100], [1, 2, 3]])
+    found = catalogue.min_k_scores(x, w, y, k=0.5)
+    assert found[0].isnan()  # it was inf: the best known of all texts
+    assert found[1].isfinite()
+    assert catalogue.previous_tokens(y[:, :0]).shape == (2, 0, 0)
+
+
 def test_preferences_leave_ignored_tokens_out(backend: str) -> None:
     x, w, _, y = make_inputs(20, 23, 5)
     x, y = x.reshape(4, 5, 5), y.reshape(4, 5)

@@ -209,9 +209,11 @@ def previous_tokens(
                 [ 7, -1],
                 [ 8,  7]])
     """
-    length = target.shape[-1] if window is None else window
-    if length < 1:
+    if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    length = target.shape[-1] if window is None else window
+    if not target.shape[-1]:
+        return target.new_empty(*target.shape, length)
     tokens = target.masked_fill(target == ignore_index, -1)
     padded = F.pad(tokens, (length, 0), value=-1)  # (..., length + T)
     return padded[..., :-1].unfold(-1, length, 1).flip(-1)

@@ -232,7 +232,8 @@ def min_k_scores(
         backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``. Default: ``'auto'``.
 
     Returns:
-        Scores (...), higher for texts that were seen; float32 (float64 for float64 inputs).
+        Scores (...), higher for texts that were seen, NaN of a text without tokens; float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: k outside (0, 1].
@@ -262,4 +263,5 @@ def min_k_scores(
     exact = counted.sum(-1, keepdim=True).double() * k - 1e-6  # 1e-6: 0.28 · 25 is 7
     number = exact.ceil().clamp_min(1)
     taken = torch.arange(score.shape[-1], device=score.device) < number
-    return torch.where(taken, ordered, 0.0).sum(-1) / number.squeeze(-1).to(ordered.dtype)
+    total = torch.where(taken, ordered, 0.0).sum(-1) / number.squeeze(-1).to(ordered.dtype)
+    return torch.where(counted.any(-1), total, torch.nan)
