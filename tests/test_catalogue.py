@@ -413,6 +413,9 @@ def test_arguments_that_do_not_fit() -> None:
         catalogue.linear_focal_loss(x, w, y, gamma=torch.ones(2))
     with pytest.raises(ValueError, match="lam must be a number, it is not differentiated, got a"):
         catalogue.linear_ldr_loss(x, w, y, lam=torch.ones((), requires_grad=True))
+    learned = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="threshold must be a number, it is not differentiated"):
+        catalogue.linear_error_norm_truncation_loss(x, w, y, threshold=learned)
     assert catalogue.linear_ldr_loss(x, w, y, lam=torch.ones(())) == catalogue.linear_ldr_loss(
         x, w, y
     )

@@ -581,7 +581,7 @@ class LinearTopKDistillationLoss(CatalogueModule):
     ) -> None: ...
 
 def linear_error_norm_truncation_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, threshold: float | Tensor,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, threshold: float,
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
@@ -591,8 +591,8 @@ def linear_error_norm_truncation_loss(
 
 class LinearErrorNormTruncationLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, threshold: float | Tensor | None = None,
-        bias: bool = False, device: Any = None, dtype: Any = None, **options: Any,
+        in_features: int, num_classes: int, *, threshold: float | None = None, bias: bool = False,
+        device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_error_norm_fraction_loss(

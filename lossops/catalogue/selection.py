@@ -31,7 +31,7 @@ FAMILY = "Selection"
     names=("lse", "target", "lse@2"),
     example={"threshold": 1.3},
 )
-def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float | Tensor) -> Tensor:
+def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float) -> Tensor:
     """Error norm truncation: rows whose prediction is far from the label do not count.
 
     loss = [‖p - e_y‖ ≤ τ] (-log p)
