@@ -189,6 +189,25 @@ def test_a_temperature_that_learns(name: str, backend: str) -> None:
         assert_same(value_and_gradients(ours, inputs), value_and_gradients(plain, inputs))
 
 
+def test_what_ignored_rows_hold_does_not_matter(backend: str) -> None:
+    """λ = 0 of a padded row, features that are NaN there: no NaN in the loss or in dx."""
+    x, y = torch.randn(3, 4), torch.tensor([1, -100, 3])
+    lam = torch.tensor([0.5, 0.0, 2.0])
+    found = value_and_gradients(
+        lambda x: catalogue.linear_adaptive_ldr_loss(x, EYE, y, lam=lam, backend=backend), (x,)
+    )
+    assert all(t.isfinite().all() for t in found)
+    assert catalogue.adaptive_lambda(x, EYE, y, lam, lam0=1.0, alpha=2.0)[1] == 0
+    x[1] = torch.nan
+    found = value_and_gradients(
+        lambda x: catalogue.linear_number_token_loss(
+            x, EYE, y, numbers={1: 1.0, 2: 5.0}, backend=backend
+        ),
+        (x,),
+    )
+    assert all(t.isfinite().all() for t in found)
+
+
 def test_a_candidate_that_is_certain(backend: str) -> None:
     """1 - p_c is at its floor, where it has no gradient: that of cross-entropy is left."""
     candidates = torch.tensor([[0], [-1]])

@@ -227,7 +227,7 @@ def linear_adaptive_ldr_loss(
         Zhu, Ying, Yang, Label Distributionally Robust Losses for Multi-class Classification:
         Consistency, Robustness and Adaptivity, arXiv 2112.14869
     """
-    rows, lam = _cooled(input, lam)
+    rows, lam = _cooled(input, lam, target, head["ignore_index"])
 
     def loss_fn(s: RowStatistics, lam: Tensor) -> Tensor:
         odds = margin / lam - s.target_minus_lse
@@ -278,22 +278,28 @@ def adaptive_lambda(
         tensor([0.5000, 0.5000])
     """
     at_least("alpha", alpha, 1)
-    rows, lam = _cooled(input, lam)
+    rows, cooled = _cooled(input, lam, target, ignore_index)
     s = linear_statistics(
         rows, linear_weight, target, names=("entropy",), ignore_index=ignore_index,
         logit_scale=logit_scale,
     )  # fmt: skip
-    odds = s.target_minus_lse - margin / lam
+    odds = s.target_minus_lse - margin / cooled
     log_p, log_1mp = F.logsigmoid(odds), F.logsigmoid(-odds)
     others = s.relative("lse") - s.relative("mean")  # entropy of the negatives among themselves
     entropy = -log_p.exp() * log_p + log_1mp.exp() * (others - log_1mp)
     most = math.log(linear_weight.shape[0])
     moved = lam0 * (1 - (most - entropy) / (alpha * most)) if most else torch.full_like(lam, lam0)
-    return torch.where(target == (-100 if ignore_index is None else ignore_index), lam, moved)
+    return torch.where(_ignored(target, ignore_index), lam, moved)
 
 
-def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by λ, and λ as a constant in the accumulate dtype."""
+def _ignored(target: Tensor, ignore_index: int | None) -> Tensor:
+    return target == (-100 if ignore_index is None else ignore_index)
+
+
+def _cooled(
+    input: Tensor, lam: Tensor, target: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Rows divided by λ, and λ as a constant in the accumulate dtype, 1 for ignored rows."""
     check_float("input", input)
     if lam.shape != input.shape[:-1]:
         raise ValueError(
@@ -301,4 +307,6 @@ def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
             f"got {tuple(lam.shape)}"
         )
     lam = constant("lam", lam).to(accumulate_dtype(input.dtype))
+    if target.shape == lam.shape:  # else refused, with its name, by what follows
+        lam = torch.where(_ignored(target, ignore_index), 1.0, lam)
     return (input.to(lam.dtype) / lam.unsqueeze(-1)).to(input.dtype), lam

@@ -297,10 +297,10 @@ def linear_number_token_loss(
         z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
     z = z if x.scale is None else z * x.scale.to(acc)
     z = z if x.b is None else z + x.b[ids].to(acc)
-    q = z.softmax(1)
     ignored = target == (-100 if head["ignore_index"] is None else head["ignore_index"])
     found = (target.reshape(-1, 1) == ids) & ~ignored.reshape(-1, 1)  # (N, K)
     counted, meant = found.any(1), (found * value).sum(1)
+    q = torch.where(counted.unsqueeze(1), z, 0.0).softmax(1)  # what is left out may be NaN
     if kind == "mse":
         distance = ((q * value).sum(1) - meant).square()
     else:
