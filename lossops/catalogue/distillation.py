@@ -278,7 +278,7 @@ def linear_top_k_distillation_loss(
         if tail == "bucket":
             mass = t.logsumexp(1)
             # A row that sums to 1 up to rounding has no tail.
-            inside = (mass < -1e-6) & (s.relative("lse") > -torch.inf)
+            inside = (mass < -8 * torch.finfo(mass.dtype).eps) & (s.relative("lse") > -torch.inf)
             log_rest = log_1m_exp(torch.where(inside, mass, -1.0))
             others = torch.where(inside, s.relative("lse") - s.relative_logsumexp, 0.0)
             loss = loss + torch.where(inside, log_rest.exp() * (log_rest - others), 0.0)
