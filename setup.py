@@ -136,7 +136,8 @@ def cuda_library() -> Extension:
     """The extension ``lossops._cuda``, which is no Python module: torch loads it."""
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or cuda_home()  # a CPU torch says None
+    # A CPU torch says None, a CUDA torch the folder above nvcc, which may be a script.
+    cpp_extension.CUDA_HOME = cuda_home()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     system = cpp_extension.include_paths()
     library = cpp_extension.CUDAExtension(
