@@ -13,6 +13,8 @@ unexport PYTHONPATH  # another checkout must not be tested in the place of this 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 cuda_sources := $(wildcard csrc/cuda/* $(addprefix tests/emulator/,*.h *.cpp *.cu programs/*))
 built := .venv/built-$(LOSSOPS_BUILD)
+# The demo runs on a CPU and does not wait for these.
+cuda := $(if $(shell command -v nvcc),.venv/built-cuda)
 
 .PHONY: help demo test test-compiled test-emulator test-interpreter gpu-check lint format build clean
 .DELETE_ON_ERROR:
@@ -23,20 +25,20 @@ help:  ## Show this list
 demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; ARGS="..." for options
 	lossops-bench demo $(ARGS)
 
-test: $(built)  ## Run the test suite; ARGS="-k name" or any other pytest options
+test: $(built) $(cuda)  ## Run the test suite; ARGS="-k name" or any other pytest options
 	pytest $(ARGS)
 	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled test-emulator)
 
 test-interpreter: $(built)  ## Run the GPU kernels in an interpreter that checks their memory
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest tests/interpreter
 
-test-compiled: $(built)  ## Compile the GPU kernels for every architecture, within their budgets
+test-compiled: $(built) $(cuda)  ## Compile the GPU kernels for every architecture, within their budgets
 	pytest tests/compiled
 
 test-emulator: $(built)  ## Run the CUDA kernels on the CPU, which checks their memory and threads
 	OMP_NUM_THREADS=1 pytest tests/emulator
 
-gpu-check: $(built)  ## Tests, memory checker and timings on a GPU, into gpu-check.txt
+gpu-check: $(built) $(cuda)  ## Tests, memory checker and timings on a GPU, into gpu-check.txt
 	lossops-bench gpu-check
 
 lint: .venv/dependencies  ## Check style, format and types
@@ -50,10 +52,10 @@ format: .venv/dependencies  ## Format the Python and C++ sources
 	ruff format
 	clang-format -i $(sources) $(cuda_sources)
 
-build: $(built)  ## Set up .venv and build the compiled modules in place
+build: $(built) $(cuda)  ## Set up .venv and build the compiled parts in place
 
 clean:  ## Remove everything that was set up or built
-	rm -rf .venv build dist *.egg-info lossops/_cpu_*.so
+	rm -rf .venv build dist *.egg-info lossops/_cpu_*.so lossops/_cuda*.so
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/dependencies: requirements-dev.txt
@@ -70,4 +72,9 @@ clean:  ## Remove everything that was set up or built
 $(built): setup.py lossops/switches.py $(sources) .venv/package
 	rm -f .venv/built-* lossops/_cpu_*.so
 	python setup.py --quiet build_ext --inplace
+	touch $@
+
+.venv/built-cuda: $(built) $(wildcard csrc/cuda/* csrc/*.h)
+	rm -f lossops/_cuda*.so
+	LOSSOPS_BUILD=cuda python setup.py --quiet build_ext --inplace
 	touch $@

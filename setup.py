@@ -1,16 +1,21 @@
 """Builds the compiled modules of lossops; everything else about the package is in pyproject.toml.
 
-One source, ``csrc/cpu/*.cpp``, is compiled once for each CPU capability of torch's own dispatcher
+One source, ``csrc/cpu``, is compiled once for each CPU capability of torch's own dispatcher
 into a module of its own, ``lossops._cpu_<capability>``; ``lossops.backends`` chooses among them at
-run time, so a wheel built on one machine runs on another. ``LOSSOPS_BUILD`` says what is wanted.
+run time, so a wheel built on one machine runs on another. Where nvcc is found, ``csrc/cuda``
+becomes ``lossops._cuda``, a library of torch ops against the stable ABI of libtorch: one binary
+serves CPU and CUDA builds of torch. ``LOSSOPS_BUILD`` says what is wanted.
 """
 
 import copy
+import functools
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,9 +41,15 @@ CAPABILITIES = {
 if platform.machine().lower() not in ("x86_64", "amd64"):
     CAPABILITIES = {"default": []}
 
+ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"  # where TORCH_CUDA_ARCH_LIST names no others
+# Divisions of floats are within 2 ulp, without a branch; nothing else is relaxed. Square roots,
+# doubles and infinities are as IEEE has them.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-prec-div=false", "-Xcompiler=-fvisibility=hidden"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # torch 2.13
 
-def why_pure_python() -> str | None:
-    """Why the compiled modules cannot be built here, or None when they can."""
+
+def why_no_cpu_modules() -> str | None:
+    """Why the CPU modules cannot be built here, or None when they can."""
     if sys.platform == "win32":
         return "they are written for gcc and clang"
     if importlib.util.find_spec("torch") is None:
@@ -49,21 +60,43 @@ def why_pure_python() -> str | None:
     return None
 
 
-def wants_modules(build: str) -> bool:
-    """Whether to build the compiled modules under ``LOSSOPS_BUILD=build``; says so when not.
+def why_no_cuda_kernels() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None when they can."""
+    if cuda_home() is None:
+        return "nvcc is not on PATH; install the CUDA toolkit or set CUDA_HOME"
+    return None
 
-    A compiler that is there but fails is always an error, never a reason for pure Python.
+
+@functools.cache
+def cuda_home() -> str | None:
+    """The toolkit's folder: ``CUDA_HOME``, or as nvcc tells, which may be a script elsewhere."""
+    if os.environ.get("CUDA_HOME") or not shutil.which("nvcc"):
+        return os.environ.get("CUDA_HOME") or None
+    command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True).stderr
+    found = re.search(r"_HERE_=(.+)", told)
+    return str(Path(found[1].strip()).parent) if found else None
+
+
+def wanted_parts(build: str) -> list[str]:
+    """What to build under ``LOSSOPS_BUILD=build``, ``cpu`` and ``cuda``; says so when not all.
+
+    A compiler that is there but fails is always an error, never a reason for less.
     """
     if build == "none":
         print("lossops: pure Python, as LOSSOPS_BUILD=none asks", file=sys.stderr)
-        return False
-    reason = why_pure_python()
-    if reason is None:
-        return True
-    if build == "cpu":
-        raise SystemExit(f"lossops: LOSSOPS_BUILD=cpu, but the modules cannot be built: {reason}")
-    print(f"lossops: pure Python, without the compiled modules: {reason}", file=sys.stderr)
-    return False
+        return []
+    asked = {"auto": ["cpu", "cuda"], "cpu": ["cpu"], "cuda": ["cpu", "cuda"]}[build]
+    parts: list[str] = []
+    for part in asked:
+        reason = {"cpu": why_no_cpu_modules, "cuda": why_no_cuda_kernels}[part]()
+        if reason is not None and build != "auto":
+            raise SystemExit(f"lossops: LOSSOPS_BUILD={build}, but no {part} part: {reason}")
+        if reason is not None:
+            print(f"lossops: without the compiled {part} part: {reason}", file=sys.stderr)
+            break  # what needs no compiler for the CPU needs none for a GPU
+        parts.append(part)
+    return parts
 
 
 def cpu_module(capability: str, flags: list[str]) -> Extension:
@@ -71,15 +104,16 @@ def cpu_module(capability: str, flags: list[str]) -> Extension:
     import torch
     from torch.utils.cpp_extension import CppExtension, include_paths
 
-    sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cpu/*.cpp"))
+    # primitives.cpp includes the others.
+    sources = ["csrc/cpu/module.cpp", "csrc/cpu/primitives.cpp"]
     # at::parallel_for is a header: without OpenMP in the including file it runs on one thread.
     # Apple's clang has none.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return CppExtension(
         f"lossops._cpu_{capability}",
-        [str(path) for path in sources],
+        sources,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")],
         define_macros=[
             ("CPU_CAPABILITY", capability.upper()),
             (f"CPU_CAPABILITY_{capability.upper()}", None),
@@ -96,6 +130,34 @@ def cpu_module(capability: str, flags: list[str]) -> Extension:
         ],
         extra_link_args=openmp,
     )
+
+
+def cuda_library() -> Extension:
+    """The extension ``lossops._cuda``, which is no Python module: torch loads it."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or cuda_home()  # a CPU torch says None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    system = cpp_extension.include_paths()
+    library = cpp_extension.CUDAExtension(
+        "lossops._cuda",
+        sorted(
+            str(p.relative_to(ROOT))
+            for p in (*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp"))
+        ),
+        include_dirs=[str(ROOT / "csrc")],
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": [*FLAGS, *WARNINGS, STABLE_ABI, *(f"-isystem{p}" for p in system)],
+            "nvcc": [*NVCC_FLAGS, STABLE_ABI],
+        },
+    )
+    # The runtime is linked in, and nothing of torch's CUDA libraries: a CPU torch has none.
+    absent = ("c10_cuda", "torch_cuda", "cudart")
+    library.libraries = [name for name in library.libraries if name not in absent]
+    library.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    return library
 
 
 def build_modules_command() -> type[build_ext]:
@@ -128,13 +190,14 @@ def requested_build() -> str:
 
 
 def main() -> None:
-    if not wants_modules(requested_build()):
+    parts = wanted_parts(requested_build())
+    if not parts:
         setup()
         return
-    setup(
-        ext_modules=[cpu_module(name, flags) for name, flags in CAPABILITIES.items()],
-        cmdclass={"build_ext": build_modules_command()},
-    )
+    modules = [cpu_module(name, flags) for name, flags in CAPABILITIES.items()]
+    if "cuda" in parts:
+        modules.append(cuda_library())
+    setup(ext_modules=modules, cmdclass={"build_ext": build_modules_command()})
 
 
 if __name__ == "__main__":

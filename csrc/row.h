@@ -104,7 +104,7 @@ struct Lane<float> : ScalarLane<float> {
     std::memcpy(&t, &bits, sizeof bits);
     return t;
   }
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) || defined(LOSSOPS_EMULATE)
   // Seven instructions, one of them the special unit's; the polynomial takes thirteen.
   static LOSSOPS_LANE float exp(float x) { return ::expf(x); }
   static LOSSOPS_LANE float tanh(float u) { return tanh_float(u); }

@@ -143,10 +143,14 @@ def _triton_primitives() -> ModuleType:
     return importlib.import_module("lossops_triton")
 
 
+def _has_cuda_ops() -> bool:
+    return hasattr(torch.ops.lossops_cuda, "logits_statistics")
+
+
 @functools.cache
-def load_cuda_module() -> str | None:
+def load_cuda_library() -> str | None:
     """None once the CUDA kernels are torch ops, or the sentence that says why they are not."""
-    if hasattr(torch.ops.lossops_cuda, "logits_statistics"):  # the tests' emulator, say
+    if _has_cuda_ops():
         return None
     if torch.version.hip:
         return "the CUDA kernels are compiled for NVIDIA GPUs; use 'triton'"
@@ -160,11 +164,10 @@ def load_cuda_module() -> str | None:
     return None
 
 
-@functools.cache
 def _is_emulated() -> bool:
-    """Whether the CUDA kernels run in the tests' emulator, on CPU tensors."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return load_cuda_module() is None and has("lossops_cuda::logits_statistics", "CPU")
+    """Whether the CUDA kernels are those of the tests' emulator, which run on CPU tensors."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return _has_cuda_ops() and has_kernel("lossops_cuda::logits_statistics", "CPU")
 
 
 def _cuda_objection(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -176,13 +179,11 @@ def _cuda_objection(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cuda_device_objection(device: torch.device) -> str | None:
-    if sentence := load_cuda_module():
-        return sentence
     if device.type == "cpu" and _is_emulated():
         return None
     if device.type != "cuda":
         return f"the CUDA kernels run on CUDA tensors, got {device.type}"
-    return _capability_objection(device)
+    return load_cuda_library() or _capability_objection(device)
 
 
 _cuda_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossops import reference
+from lossops.cuda_rows import add_targets
 from lossops.gpu_layout import (
     Kept,
     Logits,
@@ -183,24 +183,9 @@ def pair_gradient(
     _ops().pair_gradient(logits.r, _float(logits.scale), ids, *row, *column, out)
 
 
-def add_targets(
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-    x: Tensor,
-    scale: Tensor | None,
-    w: Tensor,
-    target: Tensor,
-    value: Tensor,
-) -> None:
-    """The targets' part of the gradients."""
-    xs = reference.scaled_rows(x, scale, torch.float32)
-    reference.add_targets(dx, dw, db, xs, w, target, value)
-
-
-_kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
-_linear = LinearPrimitives(_kernels)
-_pairs = PairPrimitives(_kernels, PairKernels(binary, pair_columns, pair_gradient))
+kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
+_linear = LinearPrimitives(kernels)
+_pairs = PairPrimitives(kernels, PairKernels(binary, pair_columns, pair_gradient))
 
 linear_binary = _pairs.linear_binary
 linear_chunk_gradient = _linear.linear_chunk_gradient

@@ -32,7 +32,8 @@ def report() -> str:
     sections = {
         "versions": _versions(),
         "processor": _processor(),
-        "compiled modules": {name: _module(name) for name in MODULES},
+        "compiled modules": {name: _module(name) for name in MODULES}
+        | {"lossops._cuda": _cuda_library()},
         "devices": _devices(),
         "switches": {name: _switch(name) for name in switches.CHOICES},
     }
@@ -80,6 +81,13 @@ def _module(name: str) -> str:
         return f"built for torch {importlib.import_module(name).torch_version}"
     except ImportError as error:
         return f"does not load: {error}"
+
+
+def _cuda_library() -> str:
+    if importlib.util.find_spec("lossops._cuda") is None:
+        return "not built: there was no nvcc, or LOSSOPS_BUILD asked for less"
+    sentence = backends.load_cuda_library()
+    return "built for the stable ABI of torch 2.13 and newer" if sentence is None else sentence
 
 
 def _devices() -> dict[str, str]:

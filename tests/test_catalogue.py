@@ -407,4 +407,16 @@ def test_arguments_that_do_not_fit() -> None:
         catalogue.linear_dual_focal_loss(x, w, y)
     with pytest.raises(ValueError, match="gamma must be at least 0 and finite, got -1"):
         catalogue.linear_focal_loss(x, w, y, gamma=-1.0)
+    with pytest.raises(
+        ValueError, match=r"gamma must be one number for all rows, got shape \(2,\)"
+    ):
+        catalogue.linear_focal_loss(x, w, y, gamma=torch.ones(2))
+    with pytest.raises(ValueError, match="lam must be a number, it is not differentiated, got a"):
+        catalogue.linear_ldr_loss(x, w, y, lam=torch.ones((), requires_grad=True))
+    learned = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="threshold must be a number, it is not differentiated"):
+        catalogue.linear_error_norm_truncation_loss(x, w, y, threshold=learned)
+    assert catalogue.linear_ldr_loss(x, w, y, lam=torch.ones(())) == catalogue.linear_ldr_loss(
+        x, w, y
+    )
     assert catalogue.linear_focal_loss(input=x, linear_weight=w, target=y) > 0

@@ -62,6 +62,21 @@ def test_adaptive_lambda(backend: str) -> None:
     torch.testing.assert_close(found, 0.7 * (1 - divergence / (2.0 * math.log(23))))
 
 
+def test_adaptive_lambda_of_ignored_rows_and_scaled_logits() -> None:
+    """Ignored rows keep their λ: NaN there would be one in dx of the next step."""
+    x, w, _, y = make_inputs(6, 23, 5)
+    lam, kept = torch.rand(6).double() + 0.5, y.clone()
+    kept[2] = 0
+    expected = catalogue.adaptive_lambda(0.5 * x, w, y, lam, lam0=0.7, alpha=2.0)
+    expected[kept == 0] = lam[kept == 0]
+    found = catalogue.adaptive_lambda(
+        x, w, kept, lam, lam0=0.7, alpha=2.0, ignore_index=0, logit_scale=0.5
+    )
+    torch.testing.assert_close(found, expected)
+    one = catalogue.adaptive_lambda(x, w[:1], 0 * y, lam, lam0=0.7, alpha=2.0)
+    assert (one == 0.7).all()
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("k", [0.2, 0.5, 1.0])
 def test_min_k_scores(normalized: bool, k: float, backend: str) -> None:
@@ -82,6 +97,23 @@ def test_min_k_scores(normalized: bool, k: float, backend: str) -> None:
         x, w, y, k=k, normalized=normalized, linear_bias=b, backend=backend
     )
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-11)
+
+
+def test_min_k_takes_no_token_too_many() -> None:
+    """The largest of the k / T · T smallest scores tells how many they were."""
+    x, w, _, y = make_inputs(100, 23, 5)
+    ordered = (x @ w.T).log_softmax(1).gather(1, y[:, None]).squeeze(1).sort().values
+    for k in range(1, 101):
+        found = catalogue.min_k_scores(x, w, y, k=k / 100)
+        torch.testing.assert_close(found, ordered[:k].mean(), rtol=1e-9, atol=0)
+
+
+def test_texts_without_tokens() -> None:
+    x, w, y = torch.randn(2, 3, 5), torch.randn(7, 5), torch.tensor([[-100, -100, -100], [1, 2, 3]])
+    found = catalogue.min_k_scores(x, w, y, k=0.5)
+    assert found[0].isnan()  # it was inf: the best known of all texts
+    assert found[1].isfinite()
+    assert catalogue.previous_tokens(y[:, :0]).shape == (2, 0, 0)
 
 
 def test_preferences_leave_ignored_tokens_out(backend: str) -> None:
@@ -141,9 +173,42 @@ ERRORS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
         "masked_diffusion", BY_T, {"masked": torch.ones(2, 3, dtype=torch.bool)},
         "kind='lambda' needs level, got None; pass level=",
     ),
+    "level of one number": (
+        "masked_diffusion", BY_T,
+        {"masked": torch.ones(2, 3, dtype=torch.bool), "level": torch.tensor(0.5)},
+        r"level must have shape \(2,\), one value per sequence, got \(\)",
+    ),
     "ngrams": ("edit_invariant", BY_T, {"ngrams": (4,)}, r"lengths in \[1, 3\], got \(4,\)"),
+    "candidates": (
+        "unlikelihood", (X, W, Y), {"candidates": torch.tensor([1, 2, 3, 4])},
+        r"candidates must have shape \(4, 'K'\), padded with -1, got \(4,\)",
+    ),
+    "false_negatives": (
+        "hasa", (X, W, Y), {"false_negatives": torch.zeros(3, 1, dtype=torch.int64)},
+        r"false_negatives must have shape \(4, 'K'\), padded with -1, got \(3, 1\)",
+    ),
+    "false_weights": (
+        "hasa", (X, W, Y),
+        {"false_negatives": Y.unsqueeze(1), "false_weights": torch.ones(4)},
+        r"false_weights must have the shape of false_negatives, \(4, 1\), got \(4,\)",
+    ),
+    "fraction": (
+        "error_norm_fraction", (X, W, Y), {"fraction": 1.0}, r"fraction must be in \[0, 1\), got 1",
+    ),
+    "numbers": (
+        "number_token", (X, W, Y), {"numbers": {5: 1.0}},
+        r"numbers must give values of class ids in \[0, 5\), at least one, got {5: 1.0}",
+    ),
+    "no numbers": ("number_token", (X, W, Y), {"numbers": {}}, "at least one, got {}"),
+    "clipped_norm": (
+        "logit_clip", (X, W, Y), {"clipped_norm": -1.0}, "clipped_norm must be above 0 and finite",
+    ),
+    "log_prior": (
+        "logit_adjusted", (X, W, Y), {"log_prior": torch.tensor(0.0), "linear_bias": torch.ones(5)},
+        r"log_prior must have shape \(5,\), one value per class, got \(\)",
+    ),
     "views": (
-        "nt_xent_margin", (X, X[:3]), {}, r"the same shape \(N, D\), got \(4, 3\) and \(3, 3\)",
+        "nt_xent_margin", (X, X[:3]), {}, r"the same shape \(N, D\), .*, got \(4, 3\) and \(3, 3\)",
     ),
     "utterances": ("ge2e", (torch.randn(2, 1, 3),), {}, r"with M at least 2, got \(2, 1, 3\)"),
     "log_probs": (

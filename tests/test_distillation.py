@@ -91,6 +91,31 @@ def test_forms_of_a_teacher(form: str, backend: str) -> None:
     assert not asked or asked == [4, 4, 3]  # never the logits of all rows at once
 
 
+def test_a_teacher_without_a_bias() -> None:
+    """``(features, layer.weight, layer.bias)`` of a layer that has none."""
+    head = Head()
+    two = ours(head, head.teacher[:2], "auto")
+    torch.testing.assert_close(ours(head, (*head.teacher[:2], None), "auto"), two)
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "jsd", "binary_kl"])
+def test_classes_that_neither_can_choose(kind: str, backend: str) -> None:
+    """Padding of the vocabulary, -inf in both: as if it were not there."""
+    head, kept = Head(), torch.arange(V) % 5 != 3
+    x, w = head.leaves[:2]
+    closed = torch.zeros(V, dtype=x.dtype).masked_fill(~kept, -torch.inf)
+    teacher = head.teacher_logits
+
+    def loss(x: Tensor, w: Tensor, zt: Tensor, b: Tensor | None = None) -> Tensor:
+        return catalogue.linear_distillation_loss(
+            x, w, zt, kind=kind, linear_bias=b, backend=backend
+        )
+
+    found = value_and_gradients(lambda x, w: loss(x, w, teacher + closed, closed), (x, w))
+    fewer = value_and_gradients(lambda x, w: loss(x, w[kept], teacher[:, kept]), (x, w))
+    torch.testing.assert_close(found, fewer, rtol=1e-9, atol=1e-11)
+
+
 def test_backward_twice_and_scaled(backend: str) -> None:
     head = Head()
     x = head.leaves[0].requires_grad_()
@@ -172,6 +197,25 @@ def test_the_k_best_of_all_classes_are_the_whole_teacher(backend: str) -> None:
         torch.testing.assert_close(found, whole, rtol=1e-8, atol=1e-10)
 
 
+def test_a_tail_of_half_a_millionth(backend: str) -> None:
+    """A teacher in float64 has one, however small; only rounding has none."""
+    head = Head()
+    x, w = head.leaves[:2]
+    ids = torch.arange(N).unsqueeze(1)
+    log_t = torch.full((N, 1), -5e-7, dtype=x.dtype)
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        return dense.top_k_distillation(x @ w.T, torch.zeros(N), ids, log_t).mean()
+
+    found = value_and_gradients(
+        lambda x, w: catalogue.linear_top_k_distillation_loss(
+            x, w, ids, log_probs=log_t, backend=backend
+        ),
+        (x, w),
+    )
+    torch.testing.assert_close(found, value_and_gradients(plain, (x, w)), rtol=1e-9, atol=1e-11)
+
+
 def test_rows_without_any_id_are_ignored(backend: str) -> None:
     head = Head()
     x, w = head.leaves[:2]
@@ -195,6 +239,8 @@ def test_the_centre_of_dino_moves_to_the_mean_logits() -> None:
     c = torch.randn(V, dtype=torch.float64)
     found = catalogue.dino_center(c, *head.teacher, momentum=0.8)
     torch.testing.assert_close(found, 0.8 * c + 0.2 * head.teacher_logits.mean(0))
+    features, weight, bias = head.teacher
+    assert torch.equal(catalogue.dino_center(c, features[:0], weight, bias), c)
 
 
 ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
@@ -209,6 +255,14 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "function": (
         lambda first, stop: torch.zeros(1, V), {}, ValueError,
         r"teacher\(0, 11\) must give logits of shape \(11, 37\), got \(1, 37\)",
+    ),
+    "no logits": (
+        lambda first, stop: [0.0], {}, TypeError,
+        r"what teacher\(0, 11\) gives must be a tensor, got list",
+    ),
+    "no tensor": (
+        (torch.zeros(N, 3), None), {}, TypeError,
+        "each tensor of teacher must be a tensor, got None",
     ),
     "gradient": (
         torch.zeros(N, V, requires_grad=True), {}, ValueError,
@@ -227,3 +281,12 @@ def test_errors(error: str) -> None:
     x, w = torch.randn(N, D), torch.randn(V, D)
     with pytest.raises(kind, match=message):
         catalogue.linear_distillation_loss(x, w, teacher, **keywords)
+
+
+@pytest.mark.parametrize("name", ["normalized_focal", "distillation"])
+def test_a_compiler_is_told_why(name: str) -> None:
+    x, w = torch.randn(N, D), torch.randn(V, D)
+    other = (x, w) if name == "distillation" else torch.arange(N)
+    call = torch.compile(catalogue.RECIPES[name].face, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="over chunks of logits does not go into a graph"):
+        call(x, w, other)

@@ -12,6 +12,7 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -287,21 +288,24 @@ def table(header, rows):
 
 
 # How a backend's results are verified, said in each cell of the table of backends.
-VERIFIED = {"cpp": "tested", "reference": "tested", "triton": "interpreted"}
+VERIFIED = {"cpp": "tested", "cuda": "emulated", "reference": "tested", "triton": "interpreted"}
 
 
 def backend_table():
     """Columns of backends that cannot run in this process stay as the README has them.
 
-    With TRITON_INTERPRET=1, as tests/interpreter runs it, Triton's can.
+    With TRITON_INTERPRET=1, as tests/interpreter runs it, Triton's can, with the library of
+    tests/emulator those in CUDA.
     """
     names = sorted(VERIFIED)
     here = {n for n in names if backends.BACKENDS[n].objection(CPU, torch.float32) is None}
     written = {}
     text = between_markers("backends").search(README.read_text(encoding="utf-8"))[0]
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        written[cells[0]] = dict(zip(names, cells[1:], strict=False))
+    header, _, *lines = (
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.split("\n") if line
+    )
+    for cells in lines:
+        written[cells[0]] = dict(zip(header[1:], cells[1:], strict=True))
     rows = []
     for function, call in FUNCTIONS.items():
         if "." not in function and "backend" in inspect.signature(call).parameters:
@@ -396,6 +400,8 @@ def test_modules_of_the_library_say_what_they_are():
 
 
 if __name__ == "__main__":
+    for library in sys.argv[1:]:  # that of tests/emulator
+        torch.ops.load_library(library)
     torch.manual_seed(0)
     for name, (path, make) in TABLES.items():
         old = (ROOT / path).read_text(encoding="utf-8")

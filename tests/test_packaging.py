@@ -53,7 +53,8 @@ def archives(tmp_path_factory):
     litter = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, folder / "tree", ignore=litter)
     # What an earlier build left in place must not be shipped as part of a pure-Python wheel.
-    (folder / "tree" / "lossops" / "_cpu_leftover.so").touch()
+    for leftover in ("_cpu_leftover.so", "_cuda.abi3.so"):
+        (folder / "tree" / "lossops" / leftover).touch()
     command = ["-m", "build", "--no-isolation", "--outdir", folder, folder / "tree"]
     done = run_python(*command, LOSSOPS_BUILD="none")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -132,7 +133,7 @@ runpy.run_module("lossops.info", run_name="__main__")
 def test_works_without_triton_and_without_the_compiled_modules():
     done = run_python("-c", WITHOUT_THE_OPTIONAL_PARTS, LOSSOPS_BACKEND=None)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("not built") == 3
+    assert done.stdout.count("not built") == 4
     assert "cpp        no: " in done.stdout
     assert "reference  can run" in done.stdout
 
@@ -186,8 +187,8 @@ def test_switch_takes_its_choices_and_names_them_in_its_error(monkeypatch, switc
 def test_setup_reads_the_switch_as_the_library_does(monkeypatch, setup_script):
     monkeypatch.setenv("LOSSOPS_BUILD", "none")
     assert setup_script.requested_build() == "none"
-    monkeypatch.setenv("LOSSOPS_BUILD", "cuda")
-    with pytest.raises(ValueError, match="LOSSOPS_BUILD must be one of auto, cpu, none"):
+    monkeypatch.setenv("LOSSOPS_BUILD", "gpu")
+    with pytest.raises(ValueError, match="LOSSOPS_BUILD must be one of auto, cpu, cuda, none"):
         setup_script.requested_build()
 
 
@@ -206,18 +207,30 @@ def cannot_build(request, monkeypatch, setup_script, tmp_path):
 
 
 def test_auto_gives_pure_python_and_says_so(capsys, setup_script, cannot_build):
-    assert not setup_script.wants_modules("auto")
-    assert "pure Python, without the compiled modules" in capsys.readouterr().err
+    assert setup_script.wanted_parts("auto") == []
+    assert "without the compiled cpu part" in capsys.readouterr().err
 
 
-def test_cpu_refuses_where_the_modules_cannot_be_built(setup_script, cannot_build):
+@pytest.mark.parametrize("build", ["cpu", "cuda"])
+def test_what_is_asked_for_is_built_or_refused(setup_script, cannot_build, build):
     with pytest.raises(SystemExit, match=cannot_build):
-        setup_script.wants_modules("cpu")
+        setup_script.wanted_parts(build)
 
 
 def test_none_builds_nothing_even_where_it_could(capsys, setup_script):
-    assert not setup_script.wants_modules("none")
+    assert setup_script.wanted_parts("none") == []
     assert "LOSSOPS_BUILD=none" in capsys.readouterr().err
+
+
+def test_cuda_kernels_are_built_where_nvcc_is(capsys, monkeypatch, setup_script):
+    monkeypatch.setattr(setup_script, "cuda_home", lambda: None)
+    assert setup_script.wanted_parts("auto") == ["cpu"]
+    assert "without the compiled cuda part: nvcc is not on PATH" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="LOSSOPS_BUILD=cuda, but no cuda part: nvcc"):
+        setup_script.wanted_parts("cuda")
+    monkeypatch.setattr(setup_script, "cuda_home", lambda: "/usr/local/cuda")
+    assert setup_script.wanted_parts("auto") == setup_script.wanted_parts("cuda") == ["cpu", "cuda"]
+    assert setup_script.wanted_parts("cpu") == ["cpu"]
 
 
 @pytest.mark.skipif(not Path("/bin/false").exists(), reason="needs a program that always fails")

@@ -33,8 +33,9 @@ void each_tile(const Task<S>& task, const Operand& logits, F&& pass, G&& done) {
 }
 
 template <typename S>
-Tensors statistics_of(const Tensor& z, const MaybeTensor& target, const MaybeTensor& class_vector,
-                      const MaybeTensor& teacher, const Names& names) {
+Tensors logits_statistics_of(const Tensor& z, const MaybeTensor& target,
+                             const MaybeTensor& class_vector, const MaybeTensor& teacher,
+                             const Names& names) {
   const Task<S> task(z.size(0), z.size(1), target, class_vector, teacher, std::nullopt, 0, names);
   const auto options = z.options().dtype(c10::CppTypeToScalarType<S>::value);
   const auto tensors = allocate_statistics(names, task.rows, target, options);
@@ -59,9 +60,10 @@ Tensors statistics_of(const Tensor& z, const MaybeTensor& target, const MaybeTen
 }
 
 template <typename S>
-void gradient_of(const Tensor& z, const MaybeTensor& target, const MaybeTensor& class_vector,
-                 const MaybeTensor& teacher, const Names& names, const MaybeTensors& statistics,
-                 const MaybeTensors& coefficients, const Tensor& out) {
+void logits_gradient_of(const Tensor& z, const MaybeTensor& target, const MaybeTensor& class_vector,
+                        const MaybeTensor& teacher, const Names& names,
+                        const MaybeTensors& statistics, const MaybeTensors& coefficients,
+                        const Tensor& out) {
   const Task<S> task(z.size(0), z.size(1), target, class_vector, teacher, std::nullopt, 0, names);
   const Fields<S> statistic(names, statistics), coefficient(names, coefficients);
   const Chain<S> chain{task, statistic, coefficient};
@@ -92,8 +94,8 @@ Tensors logits_statistics(const Tensor& z, const MaybeTensor& target,
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_logits(z);
   return (z.scalar_type() == at::kDouble
-              ? statistics_of<double>
-              : statistics_of<float>)(z, target, class_vector, teacher, names);
+              ? logits_statistics_of<double>
+              : logits_statistics_of<float>)(z, target, class_vector, teacher, names);
 }
 
 void logits_gradient(const Tensor& z, const MaybeTensor& target, const MaybeTensor& class_vector,
@@ -103,9 +105,10 @@ void logits_gradient(const Tensor& z, const MaybeTensor& target, const MaybeTens
   check_logits(z);
   TORCH_CHECK(out.sizes() == z.sizes() && out.is_floating_point(), "out must be floating of shape ",
               z.sizes(), ", got ", out.scalar_type(), " ", out.sizes());
-  (z.scalar_type() == at::kDouble ? gradient_of<double>
-                                  : gradient_of<float>)(z, target, class_vector, teacher, names,
-                                                        statistics, coefficients, out);
+  (z.scalar_type() == at::kDouble ? logits_gradient_of<double>
+                                  : logits_gradient_of<float>)(z, target, class_vector, teacher,
+                                                               names, statistics, coefficients,
+                                                               out);
 }
 
 }  // namespace lossops

@@ -1,9 +1,11 @@
 // What a thread keeps of a row of logits, and how two such states merge.
 //
 // A state is that of a set of classes, relative to its own shift: the largest of its negatives, 0
-// where that is not finite. `state_of` makes one of the logits in a thread's registers, `merge`
-// joins two: those of a thread's tiles, of the lanes of a warp, the warps of a block, and the parts
-// of a row that blocks of their own have read. What is not in the set `kKept` costs nothing.
+// where that is not finite. Sums over all classes are relative to one logit of the row instead, its
+// pivot, so that no merge has to move them. `state_of` makes one of the logits in a thread's
+// registers, `merge` joins two: those of a thread's tiles, of the lanes of a warp, the warps of a
+// block, and the parts of a row that blocks of their own have read. What is not in the set `kKept`
+// costs nothing.
 //
 // An exponential a logit for any of sum, mean and spread, one a merge, one a logit and log-sum at a
 // temperature or with a limit. Second moments are centred, merged by Chan's rule: no cancellation.
@@ -62,6 +64,19 @@ struct Largest {
 
 LOSSOPS_LANE Largest larger(const Largest& x, const Largest& y) { return y.before(x) ? y : x; }
 
+// A sum with what its roundings left over: what is added up relative to a pivot is moved to the
+// row's shift at the end, which may cost it its leading digits.
+struct Sum {
+  float high = 0, low = 0;
+
+  LOSSOPS_LANE Sum operator+(const Sum& other) const {
+    const float sum = high + other.high, from = sum - high;
+    const float lost = (high - (sum - from)) + (other.high - from);
+    return {sum, low + other.low + lost};
+  }
+  LOSSOPS_LANE double value() const { return static_cast<double>(high) + low; }
+};
+
 template <unsigned kKept>
 struct State {
   static LOSSOPS_LANE constexpr bool has(unsigned set) { return (kKept & set) != 0; }
@@ -74,13 +89,13 @@ struct State {
   float mean = 0;            // Σ e^rel rel / sum
   float spread = 0;          // Σ e^rel (rel - mean)²
   Largest second, below;     // negatives: the second, the first below the target
-  float average = 0;         // Σ rel / count
-  float moment = 0;          // Σ (rel - average)²
+  float average = 0;         // Σ (z - pivot) / count
+  float moment = 0;          // Σ (z - pivot - average)²
   float softplus = 0, stable = 0;
-  float weighted = 0, weights = 0;  // Σ a rel, Σ a
-  float taught = 0, teacher = 0;    // Σ t a rel, Σ t a
-  float largest[kSums + 1];         // of a log-sum's terms, where it has a limit
-  float power[kSums + 1];           // Σ e^{t rel}, or relative to `largest`
+  Sum weighted, weights;     // Σ a (z - pivot), Σ a
+  Sum taught, teacher;       // Σ t a (z - pivot), Σ t a
+  float largest[kSums + 1];  // of a log-sum's terms, where it has a limit
+  float power[kSums + 1];    // Σ e^{t rel}, or relative to `largest`
 
   LOSSOPS_LANE State() {
     for (int k = 0; k < kSums; ++k) largest[k] = -kInf<float>, power[k] = 0;
@@ -102,9 +117,14 @@ struct State {
     if constexpr (has(keep::kSumsq)) f(moment);
     if constexpr (has(keep::kSoftplus)) f(softplus);
     if constexpr (has(keep::kStableSum)) f(stable);
-    if constexpr (has(keep::kWeightedSum)) f(weighted), f(weights);
-    if constexpr (has(keep::kTeacher)) f(taught), f(teacher);
+    if constexpr (has(keep::kWeightedSum)) each_of(f, weighted, weights);
+    if constexpr (has(keep::kTeacher)) each_of(f, taught, teacher);
     for (int k = 0; k < kSums; ++k) f(largest[k]), f(power[k]);
+  }
+
+  template <typename F>
+  static LOSSOPS_LANE void each_of(F& f, Sum& x, Sum& y) {
+    f(x.high), f(x.low), f(y.high), f(y.low);
   }
 
   // As many as `each` visits.
@@ -112,7 +132,7 @@ struct State {
                                 has(keep::kVariance) + 2 * has(keep::kRunnerUp) +
                                 2 * has(keep::kBelowTarget) + 2 * has(keep::kSum) +
                                 has(keep::kSumsq) + has(keep::kSoftplus) + has(keep::kStableSum) +
-                                2 * has(keep::kWeightedSum) + 2 * has(keep::kTeacher) + 2 * kSums;
+                                4 * has(keep::kWeightedSum) + 4 * has(keep::kTeacher) + 2 * kSums;
 };
 
 // Some classes of a row in the registers of a thread: vectors of kVector classes, `hop` classes
@@ -134,7 +154,7 @@ struct Tile {
 // The state of a tile; `at_target`: the first target's logit, for kBelowTarget.
 template <unsigned kKept, int kTile, int kVector>
 __device__ __forceinline__ State<kKept> state_of(const Tile<kTile, kVector>& tile, float at_target,
-                                                 const LogSums& log_sums) {
+                                                 float pivot, const LogSums& log_sums) {
   using S = State<kKept>;
   using A = Lane<float>;
   S s;
@@ -184,11 +204,11 @@ __device__ __forceinline__ State<kKept> state_of(const Tile<kTile, kVector>& til
   if constexpr (S::has(keep::kSum)) {
     s.count = static_cast<float>(__popc(tile.valid));
     float total = 0;
-    for (int i = 0; i < kTile; ++i) total += tile.is_valid(i) ? tile.z[i] - shift : 0;
+    for (int i = 0; i < kTile; ++i) total += tile.is_valid(i) ? tile.z[i] - pivot : 0;
     s.average = total / (s.count == 0 ? 1 : s.count);
     if constexpr (S::has(keep::kSumsq)) {
       for (int i = 0; i < kTile; ++i) {
-        const float away = tile.is_valid(i) ? tile.z[i] - shift - s.average : 0;
+        const float away = tile.is_valid(i) ? tile.z[i] - pivot - s.average : 0;
         s.moment += away * away;
       }
     }
@@ -196,15 +216,15 @@ __device__ __forceinline__ State<kKept> state_of(const Tile<kTile, kVector>& til
   for (int i = 0; i < kTile; ++i) {
     if constexpr (S::has(keep::kSoftplus)) s.softplus += softplus(negative[i]);
     if constexpr (S::has(keep::kStableSum)) s.stable += stable(negative[i]);
-    const float rel = tile.z[i] - shift;
+    const float rel = tile.z[i] - pivot;
     if constexpr (S::has(keep::kWeightedSum)) {
-      s.weighted += tile.is_valid(i) ? rel * tile.a[i] : 0;
-      s.weights += tile.is_valid(i) ? tile.a[i] : 0;
+      s.weighted.high += tile.is_valid(i) ? rel * tile.a[i] : 0;
+      s.weights.high += tile.is_valid(i) ? tile.a[i] : 0;
     }
     if constexpr (S::has(keep::kTeacher)) {
       const bool counts = tile.is_valid(i) && (tile.t[i] != 0 || rel != -kInf<float>);
-      s.taught += counts ? rel * tile.t[i] : 0;
-      s.teacher += tile.is_valid(i) ? tile.t[i] : 0;
+      s.taught.high += counts ? rel * tile.t[i] : 0;
+      s.teacher.high += tile.is_valid(i) ? tile.t[i] : 0;
     }
   }
   for (int k = 0; k < S::kSums; ++k) {
@@ -270,19 +290,17 @@ __device__ __forceinline__ State<kKept> merge(const State<kKept>& p, const State
     s.count = p.count + q.count;
     const float inverse = 1 / (s.count > 0 ? s.count : 1);
     const float p_weight = p.count * inverse, q_weight = q.count * inverse;
-    const float p_average = p.average + p_down, q_average = q.average + q_down;
-    s.average =
-        (p_weight == 0 ? 0 : p_weight * p_average) + (q_weight == 0 ? 0 : q_weight * q_average);
+    s.average = p_weight * p.average + q_weight * q.average;
     if constexpr (S::has(keep::kSumsq)) {
-      const float apart = p_weight * q_weight == 0 ? 0 : q_average - p_average;
+      const float apart = p_weight * q_weight == 0 ? 0 : q.average - p.average;
       s.moment = p.moment + q.moment + apart * apart * (p_weight * q.count);
     }
   }
   s.softplus = p.softplus + q.softplus;
   s.stable = p.stable + q.stable;
-  s.weighted = p.weighted + p.weights * p_down + (q.weighted + q.weights * q_down);
+  s.weighted = p.weighted + q.weighted;
   s.weights = p.weights + q.weights;
-  s.taught = p.taught + p.teacher * p_down + (q.taught + q.teacher * q_down);
+  s.taught = p.taught + q.taught;
   s.teacher = p.teacher + q.teacher;
   for (int k = 0; k < S::kSums; ++k) {
     float x_down = log_sums.temperature[k] * p_far, y_down = log_sums.temperature[k] * q_far;

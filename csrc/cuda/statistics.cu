@@ -84,12 +84,23 @@ __device__ __forceinline__ void put(float* values, int row_of, int64_t rows, int
   values[row_of * rows + row] = x;
 }
 
+// What sums over all classes of a row are relative to: its first logit, 0 where that is not finite.
+__device__ __forceinline__ float pivot_of(const Logits& logits, const LogitMap& map, int64_t row) {
+  if (logits.classes == 0) return 0;
+  return finite(map.of(element(logits.r, logits.dtype, row * logits.stride), 0));
+}
+
 // What a caller gets, relative to the shift; -1 for no id.
 template <unsigned kKept>
-__device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_t row) {
+__device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_t row,
+                       float pivot) {
   using S = State<kKept>;
   const int64_t n = call.logits.rows;
   const float shift = s.shift();
+  const double up = static_cast<double>(pivot) - shift;
+  auto moved = [up](const Sum& sum, const Sum& weight) {
+    return static_cast<float>(sum.value() + weight.value() * up);
+  };
   auto id_of = [](int id) { return id == kNoId ? int64_t(-1) : int64_t(id); };
   put(call.values, kShift, n, row, shift);
   if constexpr (S::has(keep::kLse)) put(call.values, kLseRow, n, row, logf(s.sum));
@@ -109,12 +120,15 @@ __device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_
     put(call.values, kBelowTargetRow, n, row, s.below.value - shift);
     call.ids[2 * n + row] = id_of(s.below.id);
   }
-  if constexpr (S::has(keep::kSum)) put(call.values, kAverageRow, n, row, s.average);
+  if constexpr (S::has(keep::kSum))
+    put(call.values, kAverageRow, n, row, static_cast<float>(s.average + up));
   if constexpr (S::has(keep::kSumsq)) put(call.values, kMomentRow, n, row, s.moment);
   if constexpr (S::has(keep::kSoftplus)) put(call.values, kSoftplusRow, n, row, s.softplus);
   if constexpr (S::has(keep::kStableSum)) put(call.values, kStableSumRow, n, row, s.stable);
-  if constexpr (S::has(keep::kWeightedSum)) put(call.values, kWeightedSumRow, n, row, s.weighted);
-  if constexpr (S::has(keep::kTeacher)) put(call.values, kTeacherRow, n, row, s.taught);
+  if constexpr (S::has(keep::kWeightedSum))
+    put(call.values, kWeightedSumRow, n, row, moved(s.weighted, s.weights));
+  if constexpr (S::has(keep::kTeacher))
+    put(call.values, kTeacherRow, n, row, moved(s.taught, s.teacher));
   for (int k = 0; k < S::kSums; ++k) {
     if (k >= call.log_sums.count) continue;
     const float from = call.log_sums.limit[k] < kInf<float> ? finite(s.largest[k]) - shift : 0;
@@ -181,6 +195,9 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
   if (S::has(keep::kBelowTarget) && targets.count > 0) {
     at_target = target_logit(logits, map, targets.ids[0]);
   }
+  const float pivot = S::has(keep::kSum | keep::kWeightedSum | keep::kTeacher)
+                          ? pivot_of(call.logits, map, row)
+                          : 0;
   S state;
   const int per_part =
       static_cast<int>((static_cast<int64_t>(logits.vectors) + call.parts - 1) / call.parts);
@@ -201,7 +218,7 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
         tile.t[i] = call.sides.class_vector == nullptr ? t : t * tile.a[i];
       }
     }
-    state = merge(state, state_of<kKept>(tile, at_target, call.log_sums), call.log_sums);
+    state = merge(state, state_of<kKept>(tile, at_target, pivot, call.log_sums), call.log_sums);
   }
 
   state = merge_lanes(state, call.log_sums);
@@ -221,7 +238,7 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
   }
   if (lane > 0) return;
   if (call.parts == 1) {
-    finish(call, state, row);
+    finish(call, state, row, pivot);
   } else {
     write_state(words_of<kKept>(call, part, row), call.logits.rows, state);
   }
@@ -237,7 +254,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(StatisticsCall cal
     const float* words = words_of<kKept>(call, part, row);
     state = merge(state, read_state<kKept>(words, call.logits.rows), call.log_sums);
   }
-  finish(call, state, row);
+  finish(call, state, row, pivot_of(call.logits, LogitMap(call.logits), row));
 }
 
 }  // namespace

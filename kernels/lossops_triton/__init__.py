@@ -24,9 +24,9 @@ from lossops_triton.sparse import far_sums, near_products
 from lossops_triton.statistics import chunk_gradient, chunk_statistics, column_sums
 from lossops_triton.targets import add_targets
 
-_kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
-_linear = LinearPrimitives(_kernels)
-_pairs = PairPrimitives(_kernels, PairKernels(binary, pair_columns, pair_gradient))
+kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
+_linear = LinearPrimitives(kernels)
+_pairs = PairPrimitives(kernels, PairKernels(binary, pair_columns, pair_gradient))
 
 linear_binary = _pairs.linear_binary
 linear_chunk_gradient = _linear.linear_chunk_gradient

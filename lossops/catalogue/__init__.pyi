@@ -25,7 +25,8 @@ def linear_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearFocalLoss(CatalogueModule):
@@ -39,7 +40,8 @@ def linear_dual_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearDualFocalLoss(CatalogueModule):
@@ -53,7 +55,8 @@ def linear_poly_loss(
     epsilon: float | Tensor | Sequence[float] = 1.0, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyLoss(CatalogueModule):
@@ -67,7 +70,8 @@ def linear_poly_focal_loss(
     gamma: float | Tensor = 2.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyFocalLoss(CatalogueModule):
@@ -82,7 +86,8 @@ def linear_encouraging_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearEncouragingLoss(CatalogueModule):
@@ -96,7 +101,8 @@ def linear_squentropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSquentropyLoss(CatalogueModule):
@@ -110,7 +116,8 @@ def linear_max_sup_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaxSupLoss(CatalogueModule):
@@ -123,7 +130,8 @@ def linear_stable_max_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearStableMaxLoss(CatalogueModule):
@@ -137,7 +145,8 @@ def linear_logit_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitPenaltyLoss(CatalogueModule):
@@ -151,7 +160,8 @@ def linear_confidence_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearConfidencePenaltyLoss(CatalogueModule):
@@ -164,7 +174,8 @@ def linear_brier_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBrierLoss(CatalogueModule):
@@ -178,7 +189,8 @@ def linear_bayesian_flow_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBayesianFlowLoss(CatalogueModule):
@@ -188,33 +200,34 @@ class LinearBayesianFlowLoss(CatalogueModule):
     ) -> None: ...
 
 def decoupled_contrastive_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.1,
     weight_temperature: float | None = None, reduction: str = 'mean',
     options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 def nt_xent_margin_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.03, margin: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.03, margin: float = 0.1,
     angular_margin: float = 0.0, reduction: str = 'mean', options: LinearLossOptions | None = None,
     backend: str = 'auto',
 ) -> Tensor: ...
 
 def debiased_contrastive_loss(
-    first: Tensor, second: Tensor, *, temperature: float = 0.5, tau_plus: float = 0.1,
+    first: Tensor, second: Tensor, *, temperature: float | Tensor = 0.5, tau_plus: float = 0.1,
     reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 def hard_negative_contrastive_loss(
-    first: Tensor, second: Tensor, *, beta: float, temperature: float = 0.5, tau_plus: float = 0.1,
-    reduction: str = 'mean', options: LinearLossOptions | None = None, backend: str = 'auto',
+    first: Tensor, second: Tensor, *, beta: float, temperature: float | Tensor = 0.5,
+    tau_plus: float = 0.1, reduction: str = 'mean', options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 def linear_logit_adjusted_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, log_prior: Tensor, tau: float = 1.0,
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitAdjustedLoss(CatalogueModule):
@@ -227,8 +240,8 @@ def linear_logit_clip_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, tau: float = 1.0,
     clipped_norm: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitClipLoss(CatalogueModule):
@@ -241,7 +254,8 @@ def linear_shared_covariance_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, covariance: Tensor,
     strength: float = 1.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSharedCovarianceLoss(CatalogueModule):
@@ -255,7 +269,8 @@ def linear_adaptive_ldr_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: Tensor, margin: float = 1.0,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearAdaptiveLdrLoss(CatalogueModule):
@@ -268,7 +283,8 @@ def linear_cos_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.4, filter_above: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCosFaceLoss(CatalogueModule):
@@ -281,8 +297,8 @@ def linear_arc_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    ignore_index: int | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    ignore_index: int | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearArcFaceLoss(CatalogueModule):
@@ -296,7 +312,8 @@ def linear_combined_margin_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
     m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCombinedMarginLoss(CatalogueModule):
@@ -355,16 +372,16 @@ def ge2e_loss(
 ) -> Tensor: ...
 
 def linear_pairwise_logistic_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, sample_weight: Tensor | None = None,
-    reduction: str = 'mean', ignore_index: int | None = None,
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
+    ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
+    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPairwiseLogisticLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, device: Any = None, dtype: Any = None,
-        **options: Any,
+        in_features: int, num_classes: int, *, bias: bool = False, device: Any = None,
+        dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_hasa_loss(
@@ -372,7 +389,8 @@ def linear_hasa_loss(
     false_weights: Tensor | None = None, tau: float = 0.05, margin: float = 1.0,
     least: float = 1.0, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearHasaLoss(CatalogueModule):
@@ -387,7 +405,8 @@ def linear_comp_sum_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCompSumLoss(CatalogueModule):
@@ -401,7 +420,8 @@ def linear_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -414,7 +434,8 @@ def linear_mae_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaeLoss(CatalogueModule):
@@ -427,7 +448,8 @@ def linear_sum_exp_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSumExpLoss(CatalogueModule):
@@ -440,7 +462,8 @@ def linear_normalized_cross_entropy_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedCrossEntropyLoss(CatalogueModule):
@@ -454,7 +477,8 @@ def linear_reverse_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearReverseCrossEntropyLoss(CatalogueModule):
@@ -468,7 +492,8 @@ def linear_normalized_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -483,7 +508,8 @@ def linear_active_passive_loss(
     passive: str = 'reverse_cross_entropy', linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearActivePassiveLoss(CatalogueModule):
@@ -499,7 +525,8 @@ def linear_ldr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLdrLoss(CatalogueModule):
@@ -542,8 +569,8 @@ def linear_top_k_distillation_loss(
     input: Tensor, linear_weight: Tensor, ids: Tensor, *, log_probs: Tensor, tail: str = 'bucket',
     temperature: float = 1.0, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean',
-    logit_scale: float | Tensor | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearTopKDistillationLoss(CatalogueModule):
@@ -554,17 +581,18 @@ class LinearTopKDistillationLoss(CatalogueModule):
     ) -> None: ...
 
 def linear_error_norm_truncation_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, threshold: float | Tensor,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, threshold: float,
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormTruncationLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, threshold: float | Tensor | None = None,
-        bias: bool = False, device: Any = None, dtype: Any = None, **options: Any,
+        in_features: int, num_classes: int, *, threshold: float | None = None, bias: bool = False,
+        device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_error_norm_fraction_loss(
@@ -572,7 +600,8 @@ def linear_error_norm_fraction_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormFractionLoss(CatalogueModule):
@@ -586,7 +615,8 @@ def linear_sovr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSovrLoss(CatalogueModule):
@@ -601,7 +631,8 @@ def linear_unlikelihood_loss(
     alpha: float = 1.0, floor: float = 1e-05, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUnlikelihoodLoss(CatalogueModule):
@@ -616,7 +647,8 @@ def linear_number_token_loss(
     lam: float = 0.3, kind: str = 'wasserstein', linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNumberTokenLoss(CatalogueModule):
@@ -631,7 +663,8 @@ def linear_crammer_singer_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCrammerSingerLoss(CatalogueModule):
@@ -644,7 +677,8 @@ def linear_one_vs_rest_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearOneVsRestLoss(CatalogueModule):
@@ -658,7 +692,8 @@ def linear_meco_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMecoLoss(CatalogueModule):
@@ -726,7 +761,8 @@ def linear_masked_diffusion_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, masked: Tensor,
     level: Tensor | None = None, rate: Tensor | None = None, kind: str = 'lambda',
     linear_bias: Tensor | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaskedDiffusionLoss(CatalogueModule):
@@ -740,7 +776,8 @@ def linear_uniform_kl_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, near_threshold: float | str | None = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUniformKlLoss(CatalogueModule):

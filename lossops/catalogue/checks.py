@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from lossops.inputs import check_tensor
+
 
 def at_least(name: str, value: float | Tensor, least: float) -> None:
     """Raise unless the number is finite and not below ``least``."""
@@ -26,6 +28,12 @@ def between(name: str, value: float | Tensor, least: float, most: float) -> None
         raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value}")
 
 
+def share(name: str, value: float | Tensor) -> None:
+    """Raise unless the number is in [0, 1)."""
+    if not isinstance(value, Tensor) and not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
 def among(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise unless it is one of the choices."""
     if value not in choices:
@@ -39,8 +47,15 @@ def constant(name: str, t: Tensor) -> Tensor:
     return t.detach()
 
 
-def beside_target(target: Tensor, others: Tensor, ignore_index: int | None) -> Tensor:
+def beside_target(target: Tensor, name: str, others: Tensor, ignore_index: int | None) -> Tensor:
     """Ids (..., 1 + K): the target, then ``others`` (..., K); all -1 in rows that are ignored."""
+    for said, t in (("target", target), (name, others)):
+        check_tensor(said, t)
+    if others.ndim != target.ndim + 1 or others.shape[:-1] != target.shape:
+        raise ValueError(
+            f"{name} must have shape {(*target.shape, 'K')}, padded with -1, got "
+            f"{tuple(others.shape)}"
+        )
     ignored = target == (-100 if ignore_index is None else ignore_index)
     listed = torch.cat([target.unsqueeze(-1), others], -1)
     return listed.masked_fill(ignored.unsqueeze(-1), -1)

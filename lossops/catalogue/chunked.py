@@ -31,6 +31,7 @@ from lossops.inputs import (
     checked_options,
     class_weight,
     has_target,
+    near_request,
     row_weight,
 )
 from lossops.linear import row_factors
@@ -74,12 +75,8 @@ def chunked_loss(
         options: ``chunk_rows`` and memory.
         backend: who computes logits and products.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "a loss over chunks of logits does not go into a graph; call it outside of the "
-            "compiled function, on its features"
-        )
     opts = checked_options(options)
+    near_request(None, opts)  # there is none here
     rows = opts.chunk_rows or _planned_rows(head, opts.max_workspace_bytes)
     chosen = backends.select(backend, head.x.device, head.x.dtype)
     call = _Call(losses, head.softcap, rows, chosen.primitives())
@@ -87,6 +84,15 @@ def chunked_loss(
         ChunkedLoss, head.x, head.w, head.b, head.scale, factors.detach(), call, reduced
     )
     return found
+
+
+def refuse_compilers() -> None:
+    """Raise while a graph is traced, before what else would fail there in other words."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "a loss over chunks of logits does not go into a graph; call it outside of the "
+            "compiled function, on its features"
+        )
 
 
 def loss_of_logits(

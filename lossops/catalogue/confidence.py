@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between
+from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import recipe
 from lossops.reference import stable
 from lossops.statistics import RowStatistics
@@ -33,7 +34,7 @@ def linear_focal_loss(s: RowStatistics, *, gamma: float | Tensor = 2.0) -> Tenso
         Lin, Goyal, Girshick, He, Dollár, Focal Loss for Dense Object Detection, arXiv 1708.02002
     """
     at_least("gamma", gamma, 0)
-    return -(gamma * s.log_1mp).exp() * s.log_p
+    return -raised(s.log_1mp.exp(), gamma) * s.log_p
 
 
 @recipe(
@@ -57,7 +58,7 @@ def linear_dual_focal_loss(s: RowStatistics, *, gamma: float | Tensor) -> Tensor
     """
     at_least("gamma", gamma, 0)
     below = (s.relative("below_target") - s.relative_logsumexp).exp()
-    return -((s.log_1mp.exp() + below) ** gamma) * s.log_p
+    return -raised(s.log_1mp.exp() + below, gamma) * s.log_p
 
 
 @recipe(family=FAMILY, use="a tunable bend of cross-entropy")
@@ -99,7 +100,8 @@ def linear_poly_focal_loss(
         Classification Loss Functions, arXiv 2204.12511
     """
     at_least("gamma", gamma, 0)
-    return (gamma * s.log_1mp).exp() * (epsilon * s.log_1mp.exp() - s.log_p)
+    missed = s.log_1mp.exp()
+    return raised(missed, gamma) * (epsilon * missed - s.log_p)
 
 
 @recipe(family=FAMILY, use="keeps learning from rows that are right already")
@@ -261,7 +263,7 @@ def linear_bayesian_flow_loss(s: RowStatistics, *, time: Tensor, accuracy: float
     Reference:
         Graves, Srivastava, Atkinson, Gomez, Bayesian Flow Networks, arXiv 2308.07037
     """
-    return s.num_classes * time * accuracy * error_square(s)
+    return time * (s.num_classes * accuracy * error_square(s))  # a half-precision t as it is
 
 
 def error_square(s: RowStatistics) -> Tensor:

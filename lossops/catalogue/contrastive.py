@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, at_least, between
+from lossops.catalogue.checks import above, at_least, share
 from lossops.catalogue.keywords import Keyword, Keywords, some
 from lossops.catalogue.powers import lse_at
 from lossops.catalogue.recipe import ONE_SWEEP, composed
@@ -50,7 +50,7 @@ def decoupled_contrastive_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     weight_temperature: float | None = None,
 ) -> Tensor:
     """Decoupled contrastive learning (DCL, DCLW), of the first view against both.
@@ -64,7 +64,7 @@ def decoupled_contrastive_loss(
     Args:
         first: features of one view, (N, D) floating point.
         second: features of the other view, (N, D).
-        temperature: T. Default: ``0.1``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.1``.
         weight_temperature: σ; None for a = 1. Default: ``None``.
 
     Returns:
@@ -107,7 +107,7 @@ def nt_xent_margin_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.03,
+    temperature: float | Tensor = 0.03,
     margin: float = 0.1,
     angular_margin: float = 0.0,
 ) -> Tensor:
@@ -120,7 +120,7 @@ def nt_xent_margin_loss(
     Args:
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
-        temperature: T. Default: ``0.03``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.03``.
         margin: m, taken from the positive. Default: ``0.1``.
         angular_margin: added to the angle of the positive, radians. Default: ``0.0``.
 
@@ -157,19 +157,19 @@ def debiased_contrastive_loss(
     second: Tensor,
     head: dict[str, Any],
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     tau_plus: float = 0.1,
 ) -> Tensor:
     """Debiased contrastive loss: the share of positives among the negatives is taken out.
 
-    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j
+    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j; 0 for the one pair of N = 1
 
     G_i = max((Σ_j e^{s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺), n e^{-1/T})
 
     Args:
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
-        temperature: T. Default: ``0.5``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.5``.
         tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
 
     Returns:
@@ -202,7 +202,7 @@ def hard_negative_contrastive_loss(
     head: dict[str, Any],
     *,
     beta: float,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     tau_plus: float = 0.1,
 ) -> Tensor:
     """Hard-negative contrastive loss: negatives weigh more the closer they are.
@@ -219,7 +219,7 @@ def hard_negative_contrastive_loss(
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
         beta: β, at least 0; it is tuned.
-        temperature: T. Default: ``0.5``.
+        temperature: T, a number or a tensor of one that learns. Default: ``0.5``.
         tau_plus: τ⁺, the share of positives, in [0, 1). Default: ``0.1``.
 
     Returns:
@@ -243,38 +243,44 @@ def _debiased(
     first: Tensor,
     second: Tensor,
     head: dict[str, Any],
-    temperature: float,
+    temperature: float | Tensor,
     tau_plus: float,
     beta: float,
 ) -> Tensor:
     above("temperature", temperature, 0)
-    between("tau_plus", tau_plus, 0, 1 - 1e-9)
+    share("tau_plus", tau_plus)
     both, partner, self_ids = _both_views(first, second)
     n = both.shape[0] - 2
     hard = [lse_at(1 + beta), lse_at(beta)] if beta else ["lse"]
 
     def loss_fn(s: RowStatistics) -> Tensor:
         own = s.relative("target")[:, 0]
+        if not n:
+            return 0 * own
         total = s.relative(hard[0])
         if beta:
-            total = total - s.relative(hard[1]) + math.log(max(n, 1))
-        least = n * (-1 / temperature - s.shift).exp()
-        against = (total.exp() - n * tau_plus * own.exp()) / (1 - tau_plus)
-        return F.softplus(torch.maximum(against, least).log() - own, threshold=50)
+            total = total - s.relative(hard[1]) + math.log(n)
+        # The negatives' e^z, relative to the largest, are at most n: against e^80 they lose.
+        against = (total.exp() - n * tau_plus * own.clamp_max(80).exp()) / (1 - tau_plus)
+        kept = against > 0
+        log_g = torch.where(kept, against, 1.0).log().masked_fill(~kept, -torch.inf)
+        least = math.log(n) - 1 / temperature - s.shift
+        return F.softplus(torch.maximum(log_g, least) - own, threshold=50)
 
+    learned = [temperature] if isinstance(temperature, Tensor) else []
     return linear_loss(
         both, both, torch.stack([partner, self_ids], 1), loss_fn, names=(*hard, "target"),
-        logit_scale=1 / temperature, **head,
+        parameters=learned, logit_scale=1 / temperature, **head,
     )  # fmt: skip
 
 
 def _check_views(first: Tensor, second: Tensor) -> None:
     for name, t in (("first", first), ("second", second)):
         check_float(name, t)
-    if first.ndim != 2 or first.shape != second.shape:
+    if first.ndim != 2 or first.shape != second.shape or not first.shape[0]:
         raise ValueError(
-            f"first and second must have the same shape (N, D), got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}"
+            "first and second must have the same shape (N, D), N at least 1, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}"
         )
 
 

@@ -23,18 +23,18 @@ from torch import Tensor
 
 from lossops import backends
 from lossops.catalogue.checks import above, among, between, constant
-from lossops.catalogue.chunked import RowLosses, loss_of_logits
+from lossops.catalogue.chunked import RowLosses, loss_of_logits, refuse_compilers
 from lossops.catalogue.keywords import Keywords, without
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import HeadInputs, head_inputs
+from lossops.inputs import HeadInputs, check_float, check_tensor, head_inputs
 from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.schedules import row_stride, without_autocast
 from lossops.statistics import RowStatistics
 
 FAMILY = "Distillation"
-SOFT: Keywords = without("weight", "ignore_index")
+SOFT: Keywords = without("weight", "ignore_index", "near_threshold")
 PAIRED = "two chunks of logits, 3 GEMMs and the teacher's one"
 KINDS = ("kl", "reverse_kl", "jsd", "binary_kl")
 
@@ -91,7 +91,7 @@ def linear_distillation_loss(
 
     def divergence(z: Tensor, zt: Tensor) -> Tensor:
         if kind == "binary_kl":
-            u = (z - zt) / temperature
+            u = torch.where(z == zt, 0.0, z - zt) / temperature  # of -inf and -inf, too
             # log((e^{u/2} + e^{-u/2}) / 2) without the cancellation of softplus(u) - u / 2 - log 2
             each = u.abs() / 2 + torch.log1p(torch.expm1(-u.abs()) / 2)
             return temperature**2 * each.sum(1)
@@ -101,6 +101,8 @@ def linear_distillation_loss(
         elif kind == "reverse_kl":
             found = _kl(s, t)
         else:
+            least = torch.finfo(s.dtype).min / 4  # -inf and -inf have a sum, but no gradient
+            t, s = t.clamp_min(least), s.clamp_min(least)
             m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
             found = beta * _kl(t, m) + (1 - beta) * _kl(s, m)
         return temperature**2 * found
@@ -152,6 +154,7 @@ def linear_dino_loss(
     above("teacher_temperature", teacher_temperature, 0)
     above("student_temperature", student_temperature, 0)
     v = linear_weight.shape[0]
+    check_float("center", center)
     if center.shape != (v,):
         raise ValueError(f"center must have shape ({v},), got {tuple(center.shape)}")
     c = constant("center", center).to(accumulate_dtype(input.dtype))
@@ -176,7 +179,7 @@ def dino_center(
 ) -> Tensor:
     """The next centre of `linear_dino_loss`, from the mean of the teacher's logits.
 
-    c' = momentum · c + (1 - momentum) · (mean_n x_n) wᵀ
+    c' = momentum · c + (1 - momentum) · (mean_n x_n) wᵀ,   c where there are no rows
 
     Args:
         center: c, (V,).
@@ -197,8 +200,12 @@ def dino_center(
         tensor([0.4000, 0.4000, 0.4000])
     """
     between("momentum", momentum, 0, 1)
-    mean = features.to(center.dtype).flatten(0, -2).mean(0)
-    logits = weight.to(center.dtype) @ mean
+    rows = features.to(center.dtype).reshape(-1, features.shape[-1])
+    if not rows.shape[0]:
+        return center.clone()
+    mean = rows.mean(0)
+    with without_autocast(center.device):
+        logits = weight.to(center.dtype) @ mean
     logits = logits if bias is None else logits + bias.to(center.dtype)
     return momentum * center + (1 - momentum) * logits
 
@@ -271,7 +278,7 @@ def linear_top_k_distillation_loss(
         if tail == "bucket":
             mass = t.logsumexp(1)
             # A row that sums to 1 up to rounding has no tail.
-            inside = (mass < -1e-6) & (s.relative("lse") > -torch.inf)
+            inside = (mass < -8 * torch.finfo(mass.dtype).eps) & (s.relative("lse") > -torch.inf)
             log_rest = log_1m_exp(torch.where(inside, mass, -1.0))
             others = torch.where(inside, s.relative("lse") - s.relative_logsumexp, 0.0)
             loss = loss + torch.where(inside, log_rest.exp() * (log_rest - others), 0.0)
@@ -294,6 +301,7 @@ def _against(
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The reduced loss of the student's and the teacher's logits, chunk by chunk."""
+    refuse_compilers()
     student = head_inputs(
         input, linear_weight, head["linear_bias"], head["logit_scale"], head["softcap"]
     )
@@ -332,6 +340,10 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
             "teacher must be logits, (features, weight) or (features, weight, bias), or a function "
             f"of (first, stop), got {type(teacher).__name__}"
         )
+    if len(teacher) == 3 and teacher[2] is None:  # the bias of a layer without one
+        teacher = teacher[:2]
+    for t in teacher:
+        check_float("each tensor of teacher", t)
     features, weight, *more = (constant("each tensor of teacher", t) for t in teacher)
     given = head_inputs(features, weight, more[0] if more else None, None, None)
     if given.lead != student.lead or given.w.shape[0] != v:
@@ -355,6 +367,7 @@ def _teacher(teacher: Any, student: HeadInputs, backend: str) -> Callable[[slice
 
 
 def _given(logits: Tensor, rows: slice, v: int) -> Tensor:
+    check_tensor(f"what teacher({rows.start}, {rows.stop}) gives", logits)
     if logits.shape != (rows.stop - rows.start, v):
         raise ValueError(
             f"teacher({rows.start}, {rows.stop}) must give logits of shape "

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossops.catalogue.checks import above, at_least, constant
-from lossops.catalogue.keywords import some, without
+from lossops.catalogue.keywords import without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.cross_entropy import linear_cross_entropy
-from lossops.inputs import check_float
+from lossops.inputs import check_float, head_inputs
 from lossops.linear import linear_loss, linear_statistics
 from lossops.reference import accumulate_dtype
+from lossops.schedules import without_autocast
 from lossops.spherical import linear_spherical_loss
 from lossops.statistics import RowStatistics
 
@@ -70,6 +71,11 @@ def linear_logit_adjusted_loss(
         arXiv 2007.07314
     """
     check_float("log_prior", log_prior)
+    if log_prior.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"log_prior must have shape {tuple(linear_weight.shape[:1])}, one value per class, got "
+            f"{tuple(log_prior.shape)}"
+        )
     bias = (tau * log_prior).to(linear_weight.dtype)
     bias = bias if head["linear_bias"] is None else head["linear_bias"] + bias
     loss: Tensor = linear_cross_entropy(
@@ -103,7 +109,7 @@ def linear_logit_clip_loss(
 
     Args:
         tau: τ. Default: ``1.0``.
-        clipped_norm: τ', the norm that rows beyond τ get; None for τ. Default: ``None``.
+        clipped_norm: τ' > 0, the norm that rows beyond τ get; None for τ. Default: ``None``.
 
     Note:
         The factor of a row multiplies its features, so the gradient of the norm is a product too.
@@ -114,6 +120,7 @@ def linear_logit_clip_loss(
     """
     above("tau", tau, 0)
     norm = tau if clipped_norm is None else clipped_norm
+    above("clipped_norm", norm, 0)
     scale = head["logit_scale"]
     check_float("input", input)
     squares = linear_spherical_loss(
@@ -121,7 +128,9 @@ def linear_logit_clip_loss(
         reduction="none", ignore_index=head["ignore_index"], backend=head["backend"],
     )  # fmt: skip
     if scale is not None:
-        squares = squares * torch.as_tensor(scale, dtype=squares.dtype).square()
+        own = head_inputs(input, linear_weight, None, scale, None).scale
+        assert own is not None
+        squares = squares * own.to(squares.dtype).square()
     long = squares > tau * tau
     factor = torch.where(long, norm / torch.where(long, squares, 1.0).sqrt(), 1.0)
     scaled = (input.to(factor.dtype) * factor.unsqueeze(-1)).to(input.dtype)
@@ -153,7 +162,7 @@ def linear_shared_covariance_loss(
     It bounds the expected cross-entropy of Gaussian features of covariance λ S.
 
     Args:
-        covariance: S, (D, D), symmetric.
+        covariance: S, (D, D); its symmetric part is what counts.
         strength: λ. Default: ``1.0``.
 
     Example:
@@ -162,18 +171,22 @@ def linear_shared_covariance_loss(
         >>> y, s = torch.tensor([3, 1, 4, 1]), 0.1 * torch.eye(8)
         >>> lossops.catalogue.linear_shared_covariance_loss(x, w, y, covariance=s).backward()
     """
+    check_float("input", input)
+    check_float("covariance", covariance)
     d = input.shape[-1]
     if covariance.shape != (d, d):
         raise ValueError(f"covariance must have shape {(d, d)}, got {tuple(covariance.shape)}")
     acc = accumulate_dtype(input.dtype)
-    s = strength * covariance.to(acc)
+    s = covariance.to(acc)
+    s = strength / 2 * (s + s.T)  # the form sees no more of it
     taught = target.clamp(0, linear_weight.shape[0] - 1)
     wide = linear_weight.to(acc)  # half precision would round features and biases once more
-    moved = input.to(acc) - wide[taught] @ s
-    bias = ((wide @ s) * wide).sum(1) / 2
-    if head["linear_bias"] is not None:
-        bias = bias + head["linear_bias"].to(acc)
-    loss: Tensor = linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
+    with without_autocast(input.device):
+        moved = input.to(acc) - wide[taught] @ s
+        bias = ((wide @ s) * wide).sum(1) / 2
+        if head["linear_bias"] is not None:
+            bias = bias + head["linear_bias"].to(acc)
+        loss: Tensor = linear_cross_entropy(moved, wide, target, **{**head, "linear_bias": bias})
     return loss
 
 
@@ -182,9 +195,7 @@ def linear_shared_covariance_loss(
     use="label-distributional robustness with a temperature of its own for each row",
     statistics=("lse", "target"),
     memory=ONE_SWEEP,
-    head=some(
-        "weight", "sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"
-    ),
+    head=without("linear_bias", "softcap"),
 )
 def linear_adaptive_ldr_loss(
     input: Tensor,
@@ -216,7 +227,7 @@ def linear_adaptive_ldr_loss(
         Zhu, Ying, Yang, Label Distributionally Robust Losses for Multi-class Classification:
         Consistency, Robustness and Adaptivity, arXiv 2112.14869
     """
-    rows, lam = _cooled(input, lam)
+    rows, lam = _cooled(input, lam, target, head["ignore_index"])
 
     def loss_fn(s: RowStatistics, lam: Tensor) -> Tensor:
         odds = margin / lam - s.target_minus_lse
@@ -235,6 +246,8 @@ def adaptive_lambda(
     lam0: float,
     alpha: float,
     margin: float = 1.0,
+    ignore_index: int | None = None,
+    logit_scale: float | Tensor | None = None,
 ) -> Tensor:
     """The next λ of `linear_adaptive_ldr_loss`: smaller where the distribution is certain.
 
@@ -248,6 +261,8 @@ def adaptive_lambda(
         lam0: λ_0.
         alpha: α, at least 1: λ' stays at or above 0.
         margin: c. Default: ``1.0``.
+        ignore_index: target id of rows that keep their λ; None means -100. Default: ``None``.
+        logit_scale: factor of x·w, as of the loss. Default: ``None``.
 
     Returns:
         λ', (...).
@@ -263,18 +278,28 @@ def adaptive_lambda(
         tensor([0.5000, 0.5000])
     """
     at_least("alpha", alpha, 1)
-    rows, lam = _cooled(input, lam)
-    s = linear_statistics(rows, linear_weight, target, names=("entropy",))
-    odds = s.target_minus_lse - margin / lam
+    rows, cooled = _cooled(input, lam, target, ignore_index)
+    s = linear_statistics(
+        rows, linear_weight, target, names=("entropy",), ignore_index=ignore_index,
+        logit_scale=logit_scale,
+    )  # fmt: skip
+    odds = s.target_minus_lse - margin / cooled
     log_p, log_1mp = F.logsigmoid(odds), F.logsigmoid(-odds)
     others = s.relative("lse") - s.relative("mean")  # entropy of the negatives among themselves
     entropy = -log_p.exp() * log_p + log_1mp.exp() * (others - log_1mp)
     most = math.log(linear_weight.shape[0])
-    return lam0 * (1 - (most - entropy) / (alpha * most))
+    moved = lam0 * (1 - (most - entropy) / (alpha * most)) if most else torch.full_like(lam, lam0)
+    return torch.where(_ignored(target, ignore_index), lam, moved)
 
 
-def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows divided by λ, and λ as a constant in the accumulate dtype."""
+def _ignored(target: Tensor, ignore_index: int | None) -> Tensor:
+    return target == (-100 if ignore_index is None else ignore_index)
+
+
+def _cooled(
+    input: Tensor, lam: Tensor, target: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Rows divided by λ, and λ as a constant in the accumulate dtype, 1 for ignored rows."""
     check_float("input", input)
     if lam.shape != input.shape[:-1]:
         raise ValueError(
@@ -282,4 +307,6 @@ def _cooled(input: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
             f"got {tuple(lam.shape)}"
         )
     lam = constant("lam", lam).to(accumulate_dtype(input.dtype))
+    if target.shape == lam.shape:  # else refused, with its name, by what follows
+        lam = torch.where(_ignored(target, ignore_index), 1.0, lam)
     return (input.to(lam.dtype) / lam.unsqueeze(-1)).to(input.dtype), lam

@@ -30,6 +30,11 @@ HEAD: Keywords = {
         float | Tensor | None, None, "factor of x·w, a number or a one-element tensor."
     ),
     "softcap": Keyword(float | None, None, "logits become softcap·tanh(z / softcap)."),
+    "near_threshold": Keyword(
+        float | str | None,
+        None,
+        "near and far gradients, as in `lossops.linear_loss`; None for exact ones.",
+    ),
     "options": Keyword(LinearLossOptions | None, None, "schedule and memory."),
     "backend": Keyword(
         str, "auto", '``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.'

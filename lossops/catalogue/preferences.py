@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -186,6 +187,9 @@ def linear_orpo_loss(
 
     loss_i = -log p̄_i - λ log σ(logit p̄_i - logit p̄_{i+B}),   log p̄ = log π / length
 
+    p̄ = 1, of a sequence without tokens for one, counts as odds of 1e38 (1e308 in float64), with no
+    gradient.
+
     Args:
         input: x, (2 B, T, D) floating point: B chosen sequences, then the B rejected ones.
         target: class ids (2 B, T), int64; ignored ones are no tokens.
@@ -207,7 +211,8 @@ def linear_orpo_loss(
     at_least("lam", lam, 0)
     total, length = _gains(input, linear_weight, target, None, head)
     average = total / length
-    chosen, rejected = _halves(average - log_1m_exp(average))
+    below_one = average.clamp_max(-torch.finfo(average.dtype).tiny)  # no inf - inf of the odds
+    chosen, rejected = _halves(below_one - log_1m_exp(below_one))
     losses = -_halves(average)[0] - lam * F.logsigmoid(chosen - rejected)
     return over_sequences(losses, head["reduction"])
 

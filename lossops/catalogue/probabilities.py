@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from lossops.catalogue.checks import at_least, between, ratio
-from lossops.catalogue.chunked import loss_of_logits
+from lossops.catalogue.chunked import loss_of_logits, refuse_compilers
+from lossops.catalogue.keywords import Keywords, without
+from lossops.catalogue.powers import raised
 from lossops.catalogue.recipe import composed
 from lossops.inputs import class_ids, head_inputs
 
 FAMILY = "Every probability"
 LOGITS = "a chunk of logits, 3 GEMMs"
+CHUNKED: Keywords = without("near_threshold")
 
 
 @composed(
@@ -27,6 +30,7 @@ LOGITS = "a chunk of logits, 3 GEMMs"
     use="focal loss as the active half under label noise",
     statistics="logits of a chunk of rows",
     memory=LOGITS,
+    head=CHUNKED,
 )
 def linear_normalized_focal_loss(
     input: Tensor,
@@ -56,7 +60,7 @@ def linear_normalized_focal_loss(
         lost = (1 - log_p.detach().exp()) ** gamma * log_p
         return ratio(lost.gather(1, y).squeeze(1), lost.sum(1))
 
-    return _of_rows(input, linear_weight, target, head, losses)
+    return of_rows(input, linear_weight, target, head, losses)
 
 
 @composed(
@@ -64,6 +68,7 @@ def linear_normalized_focal_loss(
     use="asymmetric loss for a single label",
     statistics="logits of a chunk of rows",
     memory=LOGITS,
+    head=CHUNKED,
 )
 def linear_single_label_asymmetric_loss(
     input: Tensor,
@@ -97,18 +102,19 @@ def linear_single_label_asymmetric_loss(
         log_p = z.log_softmax(1)
         own = log_p.gather(1, y)
         share = label_smoothing / z.shape[1]
-        focus = 1.0 if gamma_pos == 0 else (-torch.expm1(own)) ** gamma_pos
+        focus = 1.0 if gamma_pos == 0 else raised(-torch.expm1(own), gamma_pos)
         of_target = (1 - label_smoothing + share) * (focus * own).squeeze(1)
         faded = ((gamma_neg * log_p).exp() * log_p).scatter(1, y, 0.0)
         return -of_target - share * faded.sum(1)
 
-    return _of_rows(input, linear_weight, target, head, losses)
+    return of_rows(input, linear_weight, target, head, losses)
 
 
-def _of_rows(
+def of_rows(
     input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any], losses: Any
 ) -> Tensor:
     """The loss of a face whose F takes logits (R, V) and targets (R, 1)."""
+    refuse_compilers()
     given = head_inputs(
         input, linear_weight, head["linear_bias"], head["logit_scale"], head["softcap"]
     )

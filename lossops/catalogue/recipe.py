@@ -14,8 +14,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from lossops.catalogue.docstrings import face_docstring, module_docstring
@@ -186,6 +187,7 @@ def _enter(
     defaults = {n: p.default for n, p in own.items() if p.default is not p.empty}
     defaults |= {n: k.default for n, k in head.items()}
     known = [*own, *head]
+    numbers = _numbers(own)
 
     def face(*first: Any, **keywords: Any) -> Any:
         if len(first) < len(positional):  # by name, as PyTorch's functions can be called
@@ -198,6 +200,8 @@ def _enter(
             if n not in known:
                 raise TypeError(f"{name}() has no keyword {n!r}; it has {', '.join(known)}")
         settled = {n: _taken(name, given, n) for n in own}
+        for n, learned in numbers.items():
+            _check_number(n, settled[n], learned)
         return call(*first, given, **settled)
 
     empty = inspect.Parameter.empty
@@ -308,6 +312,27 @@ def _taken(name: str, keywords: dict[str, Any], argument: str) -> Any:
     if argument not in keywords:
         raise TypeError(f"{name}() needs {argument}, got none; pass {argument}=")
     return keywords.pop(argument)
+
+
+def _numbers(own: Mapping[str, inspect.Parameter]) -> dict[str, bool]:
+    """Which parameters are a number, and whether that may be a tensor that learns."""
+    kinds = {n: {p.annotation, *get_args(p.annotation)} for n, p in own.items()}
+    return {n: Tensor in kind for n, kind in kinds.items() if float in kind}
+
+
+def _check_number(argument: str, value: Any, learned: bool) -> None:
+    """Refuse tensors for a number: of several, or where a gradient would be lost."""
+    if not isinstance(value, Tensor):
+        return
+    if value.requires_grad and torch.is_grad_enabled() and not learned:
+        raise ValueError(
+            f"{argument} must be a number, it is not differentiated, got a tensor that wants a "
+            "gradient; detach it"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"{argument} must be one number for all rows, got shape {tuple(value.shape)}"
+        )
 
 
 def _counted(target: Tensor, ignore_index: int | None) -> Tensor:

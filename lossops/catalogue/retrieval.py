@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, beside_target, between, constant
+from lossops.catalogue.checks import among, beside_target, between, constant, share
 from lossops.catalogue.contrastive import FAMILY, PAIRS
-from lossops.catalogue.keywords import some
+from lossops.catalogue.keywords import without
+from lossops.catalogue.probabilities import CHUNKED, LOGITS, of_rows
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.inputs import check_float
 from lossops.linear import linear_loss
@@ -99,9 +100,9 @@ def ge2e_loss(
 @composed(
     family=FAMILY,
     use="dense retrieval: each candidate against the positive, pair by pair",
-    statistics=("softplus", "target"),
-    memory=f"{ONE_SWEEP}, copies of x and w with two columns",
-    head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"),
+    statistics="logits of a chunk of rows",
+    memory=LOGITS,
+    head=CHUNKED,
 )
 def linear_pairwise_logistic_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, head: dict[str, Any]
@@ -112,25 +113,18 @@ def linear_pairwise_logistic_loss(
 
     With queries as input and their documents as weight it is the in-batch loss of STAR.
 
-    Note:
-        z_y is a pair of further features, so that the sweep sees z_j - z_y.
-
     Reference:
         Zhan, Mao, Liu, Guo, Zhang, Ma, Optimizing Dense Retrieval Model Training with Hard
         Negatives, arXiv 2104.08051
     """
-    check_float("input", input)
-    acc = accumulate_dtype(input.dtype)
-    own = linear_weight[target.clamp(0, linear_weight.shape[0] - 1)]
-    z = (input.to(acc) * own.to(acc)).sum(-1, keepdim=True)
-    high = z.to(input.dtype)
-    low = (z - high.to(acc)).to(input.dtype)  # half precision alone would round z_y
-    minus = -torch.ones_like(linear_weight[:, :2])
-    rows = torch.cat([input, high, low], -1)
-    return linear_loss(
-        rows, torch.cat([linear_weight, minus], 1), target, lambda s: s.softplus,
-        names=("softplus", "target"), **head,
-    )  # fmt: skip
+
+    def losses(z: Tensor, y: Tensor) -> Tensor:
+        # dz_y is a sum over all classes of like size: a GEMM, had it a column for it, would lose
+        # 2e-4 of it at V = 100 000.
+        away = F.softplus(z - z.gather(1, y), threshold=50)
+        return away.scatter(1, y, 0.0).sum(1)
+
+    return of_rows(input, linear_weight, target, head, losses)
 
 
 @composed(
@@ -138,7 +132,7 @@ def linear_pairwise_logistic_loss(
     use="entities or documents among whose negatives are unlabelled positives",
     statistics=("lse", "lse@2", "target"),
     memory=ONE_SWEEP,
-    head=some("sample_weight", "reduction", "ignore_index", "logit_scale", "options", "backend"),
+    head=without("linear_bias", "weight", "softcap"),
 )
 def linear_hasa_loss(
     input: Tensor,
@@ -174,22 +168,30 @@ def linear_hasa_loss(
         Zhang, Zhang, Molybog, HaSa: Hardness and Structure-Aware Contrastive Knowledge Graph
         Embedding, arXiv 2305.10563
     """
-    between("tau", tau, 0, 1 - 1e-9)
+    share("tau", tau)
     between("least", least, 1e-30, 1e30)
     acc = accumulate_dtype(input.dtype)
     if false_negatives is None:
         false_negatives = target.unsqueeze(-1)[..., :0]
-    listed = beside_target(target, false_negatives, head["ignore_index"])
+    listed = beside_target(target, "false_negatives", false_negatives, head["ignore_index"])
     present = (false_negatives >= 0).to(acc)
     given = present / present.sum(-1, keepdim=True).clamp_min(1)
     if false_weights is not None:
+        if false_weights.shape != present.shape:
+            raise ValueError(
+                f"false_weights must have the shape of false_negatives, {tuple(present.shape)}, "
+                f"got {tuple(false_weights.shape)}"
+            )
         given = constant("false_weights", false_weights).to(acc) * present
 
     def loss_fn(s: RowStatistics, u: Tensor) -> Tensor:
         z = s.relative("target")
-        hard = (s.relative("lse@2") - s.relative("lse").detach()).exp()
+        some = s.relative("lse") > -torch.inf
+        log_hard = torch.where(some, s.relative("lse@2") - s.relative("lse").detach(), 0.0)
+        hard = torch.where(some, log_hard.exp(), 0.0)
         hard = (hard + hard.detach()) / 2  # of e^{2 z} the weights hold one half of the gradient
-        g = hard - tau * (u * z[:, 1:].exp()).sum(1)
+        # Of the negatives' e^z, relative to the largest, hard is at most 1: beyond e^80 G < 0.
+        g = hard - tau * (u * z[:, 1:].clamp_max(80).exp()).sum(1)
         kept = g > 0
         log_g = torch.where(kept, torch.where(kept, g, 1.0).log(), math.log(least) - s.shift)
         return F.softplus(log_g + math.log(s.num_classes / (1 - tau)) - (z[:, 0] - margin),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import among, at_least, beside_target, between, constant
+from lossops.catalogue.checks import among, at_least, beside_target, between, constant, share
 from lossops.catalogue.confidence import error_square
 from lossops.catalogue.keywords import without
 from lossops.catalogue.powers import log_1m_exp
@@ -19,6 +19,7 @@ from lossops.catalogue.recipe import ONE_SWEEP, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
 from lossops.inputs import head_inputs, row_weight
 from lossops.linear import linear_loss
+from lossops.schedules import without_autocast
 from lossops.statistics import RowStatistics
 
 FAMILY = "Selection"
@@ -30,7 +31,7 @@ FAMILY = "Selection"
     names=("lse", "target", "lse@2"),
     example={"threshold": 1.3},
 )
-def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float | Tensor) -> Tensor:
+def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float) -> Tensor:
     """Error norm truncation: rows whose prediction is far from the label do not count.
 
     loss = [‖p - e_y‖ ≤ τ] (-log p)
@@ -68,13 +69,13 @@ def linear_error_norm_fraction_loss(
     Rank 0 is the largest; rows whose norm equals that at the cut are kept, as in the authors' code.
 
     Args:
-        fraction: part of the counted rows that is left out, in [0, 1).
+        fraction: part of the counted rows that is left out, in [0, 1), rounded down.
 
     Reference:
         Li, Xu, Koehn, Khashabi, Murray, Error Norm Truncation: Robust Training in the Presence of
         Data Noise for Text Generation Models, arXiv 2310.00840
     """
-    between("fraction", fraction, 0, 1)
+    share("fraction", fraction)
     norms = error_square(s).detach()
     cut = _largest(norms, counted, fraction)[1]
     return torch.where(norms <= cut, -s.log_p, 0.0)
@@ -115,12 +116,13 @@ def _largest(values: Tensor, counted: Tensor, fraction: float) -> tuple[Tensor, 
     """Which rows are the ⌊fraction · n⌋ largest of the n counted, and the next value after them."""
     ranked = values.masked_fill(~counted, -torch.inf)
     order = ranked.sort(descending=True, stable=True)
-    number = (counted.sum() * fraction + 1e-6).floor().long()  # 1e-6: 0.3 · 10 is 3
+    number = (counted.sum().double() * fraction + 1e-6).floor().long()  # 1e-6: 0.3 · 10 is 3
     rank = torch.empty_like(order.indices)
     rank[order.indices] = torch.arange(values.shape[0], device=values.device)
     if not values.shape[0]:
         return counted, values
-    return rank < number, order.values[number.clamp_max(values.shape[0] - 1)]
+    last = number.clamp_max(values.shape[0] - 1).unsqueeze(0)
+    return rank < number, order.values.gather(0, last)  # an index would wait for the device
 
 
 @composed(
@@ -166,7 +168,7 @@ def linear_unlikelihood_loss(
         Training, arXiv 1908.04319
     """
     between("floor", floor, 0, 1)
-    listed = beside_target(target, candidates, head["ignore_index"])
+    listed = beside_target(target, "candidates", candidates, head["ignore_index"])
     present = listed[..., 1:] >= 0
 
     def loss_fn(s: RowStatistics, present: Tensor) -> Tensor:
@@ -207,9 +209,11 @@ def previous_tokens(
                 [ 7, -1],
                 [ 8,  7]])
     """
-    length = target.shape[-1] if window is None else window
-    if length < 1:
+    if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    length = target.shape[-1] if window is None else window
+    if not target.shape[-1]:
+        return target.new_empty(*target.shape, length)
     tokens = target.masked_fill(target == ignore_index, -1)
     padded = F.pad(tokens, (length, 0), value=-1)  # (..., length + T)
     return padded[..., :-1].unfold(-1, length, 1).flip(-1)
@@ -279,17 +283,24 @@ def linear_number_token_loss(
     """
     among("kind", kind, ("wasserstein", "mse"))
     at_least("lam", lam, 0)
+    if not numbers or not all(0 <= i < linear_weight.shape[0] for i in numbers):
+        raise ValueError(
+            f"numbers must give values of class ids in [0, {linear_weight.shape[0]}), at least "
+            f"one, got {numbers}"
+        )
     plain: Tensor = linear_cross_entropy(input, linear_weight, target, **head)
     x = head_inputs(input, linear_weight, head["linear_bias"], head["logit_scale"], None)
     acc = plain.dtype
     ids = torch.tensor(list(numbers), device=input.device)
     value = torch.tensor(list(numbers.values()), device=input.device, dtype=acc)
-    z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
+    with without_autocast(input.device):
+        z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
     z = z if x.scale is None else z * x.scale.to(acc)
     z = z if x.b is None else z + x.b[ids].to(acc)
-    q = z.softmax(1)
-    found = target.reshape(-1, 1) == ids  # (N, K)
+    ignored = target == (-100 if head["ignore_index"] is None else head["ignore_index"])
+    found = (target.reshape(-1, 1) == ids) & ~ignored.reshape(-1, 1)  # (N, K)
     counted, meant = found.any(1), (found * value).sum(1)
+    q = torch.where(counted.unsqueeze(1), z, 0.0).softmax(1)  # what is left out may be NaN
     if kind == "mse":
         distance = ((q * value).sum(1) - meant).square()
     else:

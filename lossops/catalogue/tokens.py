@@ -15,6 +15,7 @@ from lossops.catalogue.keywords import some
 from lossops.catalogue.preferences import FAMILY, over_sequences
 from lossops.catalogue.recipe import ONE_SWEEP, TWO_SWEEPS, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
+from lossops.inputs import check_float
 from lossops.linear import linear_statistics
 from lossops.reference import accumulate_dtype
 from lossops.statistics import RowStatistics
@@ -25,7 +26,7 @@ from lossops.statistics import RowStatistics
     use="masked (absorbing) diffusion over tokens",
     statistics=("lse", "target"),
     memory=ONE_SWEEP,
-    head=some("linear_bias", "logit_scale", "softcap", "options", "backend"),
+    head=some("linear_bias", "logit_scale", "softcap", "near_threshold", "options", "backend"),
 )
 def linear_masked_diffusion_loss(
     input: Tensor,
@@ -78,6 +79,12 @@ def linear_masked_diffusion_loss(
     for name, given in needed.items():
         if given is None:
             raise ValueError(f"kind={kind!r} needs {name}, got None; pass {name}=")
+        check_float(name, given)
+        if given.shape != masked.shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {tuple(masked.shape[:-1])}, one value per sequence, got "
+                f"{tuple(given.shape)}"
+            )
     acc = accumulate_dtype(input.dtype)
     if kind == "k":
         count = masked.sum(-1)
@@ -183,7 +190,9 @@ def _all_log_probs(
     """log p_t(y_s) of every position and every token of its sequence, (B, T, T)."""
     shaping = {n: v for n, v in head.items() if n != "reduction"}
     length = target.shape[1]
-    ids = target.unsqueeze(1).expand(-1, length, -1)
+    # Of several targets -1 would be none; here every one is a token.
+    ids = target.masked_fill(target < 0, linear_weight.shape[0])
+    ids = ids.unsqueeze(1).expand(-1, length, -1)
     s = linear_statistics(input, linear_weight, ids, names=("lse",), **shaping)
     # A token given twice counts once, where it is first.
     first = (target.unsqueeze(2) == target.unsqueeze(1)).int().argmax(2)  # (B, T)
@@ -224,7 +233,8 @@ def min_k_scores(
             Default: ``'auto'``.
 
     Returns:
-        Scores (...), higher for texts that were seen; float32 (float64 for float64 inputs).
+        Scores (...), higher for texts that were seen, NaN of a text without tokens; float32
+        (float64 for float64 inputs).
 
     Raises:
         ValueError: k outside (0, 1].
@@ -251,6 +261,8 @@ def min_k_scores(
         score = (score + s.entropy) / s.variance.sqrt()  # μ = -entropy
     counted = target != ignore_index
     ordered = score.masked_fill(~counted, torch.inf).sort(-1).values
-    number = (counted.sum(-1, keepdim=True) * k).ceil().clamp_min(1)
+    exact = counted.sum(-1, keepdim=True).double() * k - 1e-6  # 1e-6: 0.28 · 25 is 7
+    number = exact.ceil().clamp_min(1)
     taken = torch.arange(score.shape[-1], device=score.device) < number
-    return torch.where(taken, ordered, 0.0).sum(-1) / number.squeeze(-1)
+    total = torch.where(taken, ordered, 0.0).sum(-1) / number.squeeze(-1).to(ordered.dtype)
+    return torch.where(counted.any(-1), total, torch.nan)

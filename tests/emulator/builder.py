@@ -22,8 +22,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -108,97 +108,88 @@ def compiler_version() -> str:
     return told + torch.__version__
 
 
+@dataclass(frozen=True)
 class Step:
     """A command that makes one file of others; its name holds the hash of all that goes in."""
 
-    def __init__(self, name: str, inputs: Iterable[Path], command: list[str], what: bytes) -> None:
-        told = "\0".join([compiler_version(), *command]).encode()
-        stem, suffix = name.rsplit(".", 1)
-        self.stem = stem
-        self.target = OUT / f"{stem}-{hashlib.sha256(told + what).hexdigest()[:16]}.{suffix}"
-        self.command = [*compiler(), *command, *map(str, inputs), "-o"]
+    name: str
+    command: tuple[str, ...]
+    inputs: tuple[Path | Step, ...]
+    libraries: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def target(self) -> Path:
+        """Where the file is, or will be."""
+        told = "\0".join([compiler_version(), *self.command, *self.libraries])
+        what = hashlib.sha256(told.encode())
+        for each in self.inputs:
+            what.update(str(each.target).encode() if isinstance(each, Step) else contents(each))
+        stem, suffix = self.name.rsplit(".", 1)
+        return OUT / f"{stem}-{what.hexdigest()[:16]}.{suffix}"
 
     def run(self) -> None:
         """Make the target, unless it is there; those of an earlier source go."""
         if self.target.exists():
             return
         OUT.mkdir(parents=True, exist_ok=True)
-        for old in OUT.glob(f"{self.stem}-*{self.target.suffix}"):
-            if re.fullmatch(r"[0-9a-f]{16}", old.stem[len(self.stem) + 1 :]):
-                old.unlink(missing_ok=True)
+        stem = self.name.rsplit(".", 1)[0]
+        for old in OUT.glob(f"{stem}-{16 * '[0-9a-f]'}{self.target.suffix}"):
+            old.unlink(missing_ok=True)
         part = self.target.with_suffix(f".{os.getpid()}.part")
-        done = subprocess.run([*self.command, str(part)], capture_output=True, text=True)
+        files = [str(each.target if isinstance(each, Step) else each) for each in self.inputs]
+        command = [*compiler(), *self.command, *files, *self.libraries, "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{shlex.join(self.command)}\n{done.stderr[-8000:]}")
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-8000:]}")
         part.rename(self.target)  # at once, for another process may look
 
 
 def compiled(source: Path, *flags: str, variant: str = "") -> Step:
     """The object of a source."""
-    flags = (*FLAGS, f"-isystem{cuda_headers()}", *flags)
-    command = [*flags, "-x", "c++", "-c"]
     name = "-".join(filter(None, (source.stem, variant))) + ".o"
-    return Step(name, [source], command, contents(source))
+    command = (*FLAGS, f"-isystem{cuda_headers()}", *flags, "-x", "c++", "-c")
+    return Step(name, command, (source,))
 
 
-def linked(name: str, objects: list[Step], *flags: str, libraries: Iterable[str] = ()) -> Step:
-    """A program or library; its inputs are named by their hashes."""
-    inputs = [step.target for step in objects]
-    what = "\0".join([*map(str, inputs), *libraries]).encode()
-    step = Step(name, inputs, list(flags), what)
-    step.command[-1:-1] = libraries  # after what needs them
-    return step
+def kernels(variant: str) -> list[Step]:
+    """The objects of csrc/cuda, and the emulator, which is not what the sanitizers look at."""
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), HERE / "standin.cu"]
+    told = ["-DLOSSOPS_ADDRESS_SANITIZER"] if variant == "addresses" else []
+    return [
+        *(compiled(source, *OF_VARIANT[variant], variant=variant) for source in sources),
+        compiled(HERE / "cuda_emulator.cpp", "-O2", *told, variant=variant),
+        compiled(HERE / "race_detector.cpp", "-O2"),
+    ]
 
 
-class Build:
-    """All that the tests run: ``library``, and ``program(name, variant)``."""
+def program(name: str, variant: str) -> Step:
+    """The program of programs/<name>.cpp, which takes a seed; faults also takes a check's name."""
+    source = HERE / "faults.cpp" if name == "faults" else HERE / "programs" / f"{name}.cpp"
+    # It may have the name of the kernels that it calls.
+    own = compiled(source, *OF_VARIANT[variant], variant=f"program-{variant}")
+    link = tuple(SANITIZERS) if variant == "addresses" else ()
+    return Step(f"{name}-{variant}.out", link, (own, *kernels(variant)))
 
-    def __init__(self) -> None:
-        kernels = [*sorted(CSRC.glob("cuda/*.cu")), HERE / "standin.cu"]
-        ops = [*sorted(CSRC.glob("cuda/*_ops.cpp")), HERE / "standin_ops.cpp"]
-        detector = compiled(HERE / "race_detector.cpp", "-O2")
-        engine = HERE / "cuda_emulator.cpp"
-        engines = {
-            "races": compiled(engine, "-O2", variant="races"),
-            "addresses": compiled(
-                engine, "-O2", "-DLOSSOPS_ADDRESS_SANITIZER", variant="addresses"
-            ),
-        }
-        self.steps: list[Step] = [detector, *engines.values()]
-        self.links: dict[str, Step] = {}
-        for variant in VARIANTS:
-            flags = OF_VARIANT[variant]
-            base = [detector, engines[variant]]
-            base += [compiled(source, *flags, variant=variant) for source in kernels]
-            self.steps += base[2:]
-            link = SANITIZERS if variant == "addresses" else []
-            sources = [HERE / "faults.cpp", *(HERE / "programs" / f"{p}.cpp" for p in PROGRAMS)]
-            for source in sources:
-                # A program may have the name of the kernels that it calls.
-                program = compiled(source, *flags, variant=f"program-{variant}")
-                self.steps.append(program)
-                self.links[f"{source.stem}-{variant}"] = linked(
-                    f"{source.stem}-{variant}.out", [program, *base], *link
-                )
-            if variant == "races":
-                glue = [compiled(source, "-O1", *TORCH) for source in ops]
-                self.steps += glue
-                paths = library_paths()
-                found = (*(f"-L{p}" for p in paths), *(f"-Wl,-rpath,{p}" for p in paths))
-                self.links["library"] = linked(
-                    "lossops_cuda_emulated.so", [*base, *glue], "-shared", "-Wl,--no-undefined",
-                    libraries=(*found, "-ltorch_cpu", "-ltorch", "-lc10"),
-                )  # fmt: skip
-        # Those with sanitizers, which take longest, are last in the list and first in time.
-        for steps in (self.steps[::-1], list(self.links.values())):
-            with ThreadPoolExecutor(JOBS) as pool:
-                list(pool.map(Step.run, steps))
 
-    @property
-    def library(self) -> Path:
-        """Registers ``lossops_cuda`` for CPU tensors."""
-        return self.links["library"].target
+def library() -> Step:
+    """What registers the ops of ``lossops_cuda`` for CPU tensors."""
+    sources = [*sorted(CSRC.glob("cuda/*_ops.cpp")), HERE / "standin_ops.cpp"]
+    glue = (compiled(source, "-O1", *TORCH) for source in sources)
+    paths = library_paths()
+    found = (*(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths))
+    return Step(
+        "lossops_cuda_emulated.so",
+        ("-shared", "-Wl,--no-undefined"),
+        (*kernels("races"), *glue),
+        (*found, "-ltorch_cpu", "-ltorch", "-lc10"),
+    )
 
-    def program(self, name: str, variant: str) -> Path:
-        """Takes a seed, and for some the name of a check."""
-        return self.links[f"{name}-{variant}"].target
+
+def make(steps: list[Step]) -> None:
+    """Run the steps, after those that they need."""
+    needed = dict.fromkeys(each for step in steps for each in step.inputs if isinstance(each, Step))
+    # What takes longest first.
+    objects = sorted(needed, key=lambda step: SANITIZERS[0] not in step.command)
+    for together in (objects, steps):
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(Step.run, together))

@@ -153,6 +153,7 @@ struct State {
   Fiber* running = nullptr;
   std::string fault;
   unsigned seed = 0;
+  int launches = 0;
   std::minstd_rand draw;
   cudaError_t last_error = cudaSuccess;
 };
@@ -372,6 +373,7 @@ void run(const char* kernel, Size grid, Size block, void (*body)(void*), void* a
     return;
   }
   const EndOfLaunch end;
+  ++state.launches;
   state.kernel = kernel;
   state.body = body;
   state.argument = argument;
@@ -462,4 +464,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 // For Python, by ctypes.
 extern "C" __attribute__((visibility("default"))) void lossops_emulator_seed(unsigned seed) {
   cuda_emulator::set_seed(seed);
+}
+
+extern "C" __attribute__((visibility("default"))) int lossops_emulator_launches() {
+  return cuda_emulator::state.launches;
 }

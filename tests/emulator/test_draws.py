@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from fixtures import built, emulator, loaded, run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

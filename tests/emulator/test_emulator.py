@@ -8,6 +8,7 @@ import subprocess
 import builder
 import pytest
 import torch
+from fixtures import built, emulator, loaded, run
 
 RIGHT = ["row_lse", "reverse", "talk", "pass_on", "side_by_side", "first_of_rows", "launches"]
 DIVERGES = "waits for ever in {}, which {} threads reach"
@@ -109,10 +110,10 @@ def test_op_refuses_what_does_not_fit(emulator):
         ("*out = 1.0f;", ""),
     ],
 )
-def test_what_kernels_may_not_use_does_not_compile(build, tmp_path, body, said):
+def test_what_kernels_may_not_use_does_not_compile(built, tmp_path, body, said):
     source = tmp_path / "kernel.cpp"
     source.write_text(f'#include "cuda/device.h"\n__global__ void f(float* out) {{ {body} }}\n')
-    step = builder.compiled(source, "-fsyntax-only")
-    done = subprocess.run([*step.command, "/dev/null"], capture_output=True, text=True)
+    command = [*builder.compiler(), *builder.compiled(source, "-fsyntax-only").command, source]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode != 0) == bool(said), done.stderr
     assert said in done.stderr

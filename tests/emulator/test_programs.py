@@ -2,6 +2,7 @@
 
 import builder
 import pytest
+from fixtures import built, run
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

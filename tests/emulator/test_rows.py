@@ -7,6 +7,7 @@ import mmap
 
 import pytest
 import torch
+from fixtures import built, emulator, loaded, run
 from torch import Tensor
 
 import lossops

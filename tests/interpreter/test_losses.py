@@ -1,208 +1,27 @@
-"""Every loss on the backend triton, forward and backward, in the interpreter.
-
-The oracle is the reference backend in float64, the budget its own error in the inputs' dtype; the
-losses of the catalogue have their dense definitions for both.
-"""
+"""Every loss on the backend triton, in the interpreter."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import memory
 import pytest
-import torch
-from conftest import DTYPES, assert_no_worse, make_inputs, value_and_gradients
-from test_catalogue import Case as Recipe
-from test_docs import FUNCTIONS, README, backend_table, between_markers
-from torch import Tensor
-
-import lossops
-from lossops import LinearLossOptions, catalogue
-from lossops.samplers import SampledClasses, Uniform
-from lossops.statistics import STATISTICS
-
-N, V, D = 4, 150, 24
-SCHEDULES = {
-    "one sweep": LinearLossOptions(schedule="one_sweep"),
-    "chunks": LinearLossOptions(chunk_rows=3),
-    "two sweeps": LinearLossOptions(schedule="two_sweeps"),
-}
-Y = torch.tensor([3, 149, -100, 140])
-SEVERAL = torch.tensor([[3, 140], [0, -1], [-1, -1], [140, 3]])
-ROWS = torch.linspace(0.5, 2.0, N)
-CLASSES = torch.linspace(0.5, 1.5, V)
-TERMS = {"logit_scale": 1.5, "softcap": 6.0, "sample_weight": ROWS}
-RICH = {**TERMS, "weight": CLASSES, "label_smoothing": 0.1, "lse_square_scale": 1e-2}
+from gpu_losses import *  # noqa: F403
+from gpu_losses import NEAR, Launches, check
 
 
-def drawn() -> SampledClasses:
-    """The same classes whenever asked, one of them a target."""
-    return Uniform(V, 40, seed=1)(Y.clamp_min(0))
+@pytest.fixture(scope="session")
+def backend() -> str:
+    """Its name."""
+    return "triton"
 
 
-def of_statistics(x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Tensor:
-    teacher = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(1)
-    found = lossops.linear_statistics(
-        x, w, Y, names=tuple(STATISTICS), linear_bias=b, class_vector=CLASSES.to(x.dtype),
-        teacher=teacher.to(x.dtype), **options,
-    ).values  # fmt: skip
-    return torch.stack([t for t in found.values() if t.is_floating_point()])[:, Y >= 0]
-
-
-def of_logits(name: str, **own: Any) -> Callable[..., Tensor]:
-    """A loss of logits that exist."""
-    return lambda x, w, b, **options: FUNCTIONS[name](
-        torch.nn.functional.linear(x, w, b), Y, **own, **options
-    )
-
-
-def of_head(name: str, *positional: Any, **own: Any) -> Callable[..., Tensor]:
-    """A loss of x and w, targets and what else stands before the keywords."""
-    targets = positional or (Y,)
-
-    def loss(x: Tensor, w: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
-        bias = {} if b is None else {"linear_bias": b}
-        found = FUNCTIONS[name](x, w, *targets, **bias, **own, **options)
-        return torch.cat(found) if isinstance(found, tuple) else found
-
-    return loss
-
-
-def of_towers(name: str, *positional: Any, **own: Any) -> Callable[..., Tensor]:
-    """A loss of two towers: N images, and as many texts of the rows of w."""
-    return lambda x, w, **options: FUNCTIONS[name](x, w[:N], *positional, **own, **options)
-
-
-def score(target: Tensor, sum: Tensor, sumsq: Tensor, num_classes: int) -> Tensor:
-    return sumsq / num_classes - target + 0.1 * sum
-
-
-def focal(s: Any) -> Tensor:
-    return -(s.log_1mp.exp() ** 2) * s.log_p
-
-
-SWEEP = {"mode": "sweep", "sample_weight": ROWS}
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "cross_entropy": of_logits("cross_entropy", label_smoothing=0.1, weight=CLASSES),
-    **{
-        f"linear_cross_entropy {name}": of_head("linear_cross_entropy", **RICH, options=schedule)
-        for name, schedule in SCHEDULES.items()
-    },
-    "linear_cross_entropy near": of_head(
-        "linear_cross_entropy", near_threshold=2.0**-11, options=SCHEDULES["one sweep"]
-    ),
-    "linear_log_prob": of_head("linear_log_prob", entropy=True, logit_scale=0.8),
-    "linear_statistics": of_statistics,
-    "linear_loss": of_head("linear_loss", Y, focal, **TERMS),
-    "linear_binary_cross_entropy": of_head("linear_binary_cross_entropy", SEVERAL),
-    "linear_binary_cross_entropy weighted": of_head(
-        "linear_binary_cross_entropy", SEVERAL, weight=CLASSES, sample_weight=ROWS, logit_scale=1.5
-    ),
-    "linear_asymmetric_loss": of_head("linear_asymmetric_loss", SEVERAL, reduction="sum"),
-    "linear_cosine_contrastive_loss": of_head(
-        "linear_cosine_contrastive_loss", SEVERAL, margin=0.1
-    ),
-    "sampled_softmax_loss": of_head("sampled_softmax_loss", Y, drawn(), sparse=False),
-    "nce_loss": of_head("nce_loss", Y, drawn(), sparse=False),
-    "negative_sampling_loss": of_head("negative_sampling_loss", Y, drawn(), sparse=False),
-    "sigmoid_pairwise_loss": of_towers("sigmoid_pairwise_loss", 3.0, -2.0),
-    "softmax_pairwise_loss": of_towers("softmax_pairwise_loss", 3.0),
-    "softmax_pairwise_loss margin": of_towers(
-        "softmax_pairwise_loss", 3.0, decoupled=True, margin=0.2, label_smoothing=0.1
-    ),
-    "linear_spherical_loss": of_head("linear_spherical_loss", Y, score, **SWEEP),
-    "linear_log_spherical_softmax_loss": of_head("linear_log_spherical_softmax_loss", **SWEEP),
-    "linear_log_taylor_softmax_loss": of_head("linear_log_taylor_softmax_loss", **SWEEP),
-    "linear_spherical_mse_loss": of_head("linear_spherical_mse_loss", **SWEEP),
-    "linear_spherical_z_loss": of_head("linear_spherical_z_loss", **SWEEP),
-    "spherical_loss": of_logits("spherical_loss", loss_fn=score),
-    "log_spherical_softmax_loss": of_logits("log_spherical_softmax_loss"),
-    "log_taylor_softmax_loss": of_logits("log_taylor_softmax_loss"),
-    "spherical_mse_loss": of_logits("spherical_mse_loss"),
-    "spherical_z_loss": of_logits("spherical_z_loss"),
-}
-WITHOUT_BIAS = ("cosine", "pairwise")
-
-
-def has_backend(function: Callable[..., Any]) -> bool:
-    """Whether ``backend`` is among its keywords, written out or unpacked."""
-    parameters = inspect.signature(function).parameters
-    return "backend" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-
-def test_every_loss_is_here() -> None:
-    covered = {name.partition(" ")[0] for name in LOSSES} | {"catalogue.min_k_scores"}
-    covered |= {f"catalogue.{recipe.face.__name__}" for recipe in catalogue.RECIPES.values()}
-    assert covered == {name for name, function in FUNCTIONS.items() if has_backend(function)}
+@pytest.fixture
+def launches() -> Any:
+    """What runs is watched."""
+    return memory.launches
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses(name: str, kind: str) -> None:
-    x, w, b, _ = make_inputs(N, V, D, DTYPES[kind], spread=2.0)
-    inputs = (x, w) if any(word in name for word in WITHOUT_BIAS) else (x, w, b)
-
-    def run(backend: str, *tensors: Tensor) -> list[Tensor]:
-        return value_and_gradients(lambda *t: LOSSES[name](*t, backend=backend), tensors)
-
-    with memory.launches() as seen:
-        ours = run("triton", *inputs)
-    assert seen, "no kernel ran"
-    plain, exact = run("reference", *inputs), run("reference", *(t.double() for t in inputs))
-    for what, one, same, true in zip(("loss", "dx", "dw", "db"), ours, plain, exact, strict=False):
-        assert_no_worse(f"{name} {what}", one, same, true)
-
-
-@pytest.mark.parametrize("name", catalogue.RECIPES)
-def test_losses_of_the_catalogue(name: str) -> None:
-    """In one variant each: the others are the same kernels with other coefficients."""
-    case = Recipe(name, dtype=torch.float32)
-    ours = value_and_gradients(lambda *t: case.ours(*t, backend="triton"), case.leaves)
-    plain, wide = value_and_gradients(case.plain, case.leaves), case.double()
-    exact = value_and_gradients(wide.plain, wide.leaves)
-    for what, one, same, true in zip(("loss", "dx", "dw"), ours, plain, exact, strict=False):
-        assert_no_worse(f"{name} {what}", one, same, true)
-
-
-def test_scores_that_have_no_gradient() -> None:
-    x, w, b, _ = make_inputs(N, V, D, torch.float32)
-
-    def scores(backend: str, *tensors: Tensor) -> Tensor:
-        x, w, b = tensors
-        return catalogue.min_k_scores(
-            x.unsqueeze(0), w, Y.unsqueeze(0), k=0.5, normalized=True, linear_bias=b,
-            backend=backend,
-        )  # fmt: skip
-
-    exact = scores("reference", *(t.double() for t in (x, w, b)))
-    assert_no_worse("scores", scores("triton", x, w, b), scores("reference", x, w, b), exact)
-
-
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
-def test_partial_fc(kind: str) -> None:
-    """A sample of the classes, normalised rows and a margin."""
-    x, w, _, y = make_inputs(N, V, D, DTYPES[kind])
-
-    def run(backend: str, *tensors: Tensor) -> list[Tensor]:
-        def loss(x: Tensor, w: Tensor) -> Tensor:
-            head = lossops.PartialFC(
-                D, V, sample_rate=0.5, margin=lossops.ArcFace(), sparse=False, backend=backend,
-                dtype=x.dtype,
-            )  # fmt: skip
-            return torch.func.functional_call(head, {"weight": w}, (x, y))
-
-        return value_and_gradients(loss, tensors)
-
-    with memory.launches() as seen:
-        ours = run("triton", x, w)
-    assert seen, "no kernel ran"
-    plain, exact = run("reference", x, w), run("reference", x.double(), w.double())
-    for what, *three in zip(("loss", "dx", "dw"), ours, plain, exact, strict=True):
-        assert_no_worse(f"PartialFC {what}", *three)
-
-
-def test_the_readme_says_what_is_interpreted() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert between_markers("backends").search(text)[0].strip() == backend_table()
+def test_near_and_far(backend: str, launches: Launches, kind: str) -> None:
+    check(backend, launches, "near", NEAR, kind)

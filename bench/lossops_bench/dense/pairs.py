@@ -1,7 +1,5 @@
 """Contrastive and multi-label losses."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,7 +63,7 @@ def debiased_contrastive(
     n = len(s) - 2
     sums = (s.exp() * other).sum(1)
     g = (-tau_plus * n * positive.exp() + sums) / (1 - tau_plus)
-    g = torch.clamp(g, min=n * math.exp(-1 / temperature))
+    g = torch.maximum(g, n * torch.exp(-1 / (s.new_zeros(()) + temperature)))
     return -torch.log(positive.exp() / (positive.exp() + g))
 
 
@@ -78,7 +76,7 @@ def hard_negative_contrastive(
     weights = (beta * s).exp() * other
     sums = (weights * s.exp()).sum(1) / (weights.sum(1) / n)
     g = (-tau_plus * n * positive.exp() + sums) / (1 - tau_plus)
-    g = torch.clamp(g, min=n * math.exp(-1 / temperature))
+    g = torch.maximum(g, n * torch.exp(-1 / (s.new_zeros(()) + temperature)))
     return -torch.log(positive.exp() / (positive.exp() + g))
 
 
