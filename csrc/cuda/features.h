@@ -24,9 +24,9 @@ __device__ __forceinline__ U of_bits(uint32_t bits) {
 
 // kSize elements of a row of U, packed: an element of half precision takes half a register.
 template <typename U, int kSize>
-struct alignas(16) Elements {
-  static constexpr int kInWord = 4 / sizeof(U);
-  uint32_t words[kSize / kInWord];
+struct Elements {
+  static constexpr int kInWord = 4 / sizeof(U), kWords = kSize / kInWord;
+  uint32_t words[kWords];
 
   __device__ __forceinline__ U element(int k) const {
     return of_bits<U>(words[k / kInWord] >> 16 * (k % kInWord));
@@ -39,6 +39,26 @@ struct alignas(16) Elements {
     }
   }
 
+  // From and to 16 bytes, or 32. An assignment would be compiled to four stores.
+  __device__ __forceinline__ void load(const U* from) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 t = reinterpret_cast<const uint4*>(from)[i / 4];
+      words[i] = t.x, words[i + 1] = t.y, words[i + 2] = t.z, words[i + 3] = t.w;
+    }
+  }
+  __device__ __forceinline__ void store(U* to) const {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 t{words[i], words[i + 1], words[i + 2], words[i + 3]};
+#ifdef __CUDA_ARCH__
+      __stwb(reinterpret_cast<uint4*>(to) + i / 4, t);
+#else
+      reinterpret_cast<uint4*>(to)[i / 4] = t;
+#endif
+    }
+  }
+
   __device__ __forceinline__ float operator[](int k) const { return to_float(element(k)); }
   __device__ __forceinline__ void set(int k, float x) { put(k, from_float<U>(x)); }
 };
@@ -48,7 +68,7 @@ class Features {
  public:
   static constexpr int kSize = Vector<T>::kSize, kPart = 32 * kSize;
 
-  __device__ __forceinline__ Features(int64_t part, int lane, int64_t width, bool vectors)
+  __device__ __forceinline__ Features(int part, int lane, int width, bool vectors)
       : first_(part * kPart + lane * (vectors ? kSize : 1)), width_(width), vectors_(vectors) {}
 
   // Zero beyond the row, and for no row.
@@ -56,13 +76,11 @@ class Features {
   __device__ __forceinline__ Elements<U, kSize> load(const U* row) const {
     Elements<U, kSize> found{};
     if (vectors_) {
-      if (row != nullptr && first_ < width_) {
-        found = *reinterpret_cast<const Elements<U, kSize>*>(row + first_);
-      }
+      if (row != nullptr && first_ < width_) found.load(row + first_);
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        const int64_t at = first_ + 32 * k;
+        const int at = first_ + 32 * k;
         found.put(k, row != nullptr && at < width_ ? row[at] : from_float<U>(0.0f));
       }
     }
@@ -72,18 +90,18 @@ class Features {
   template <typename U>
   __device__ __forceinline__ void store(U* row, const Elements<U, kSize>& values) const {
     if (vectors_) {
-      if (first_ < width_) *reinterpret_cast<Elements<U, kSize>*>(row + first_) = values;
+      if (first_ < width_) values.store(row + first_);
     } else {
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        const int64_t at = first_ + 32 * k;
+        const int at = first_ + 32 * k;
         if (at < width_) row[at] = values.element(k);
       }
     }
   }
 
  private:
-  int64_t first_, width_;
+  int first_, width_;
   bool vectors_;
 };
 

@@ -21,13 +21,13 @@ constexpr int kKept = 4, kKeptOfTwo = 2;
 
 // f(features, j) for the parts of a row that are this warp's, one of kWarps; j = -1 beyond kMost.
 template <typename T, int kWarps, int kMost, typename F>
-__device__ __forceinline__ void each_part(int64_t width, bool vectors, F f) {
+__device__ __forceinline__ void each_part(int width, bool vectors, F f) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kWarps;
 #pragma unroll
   for (int j = 0; j < kMost; ++j) {
     f(Features<T>(warp + j * kWarps, lane, width, vectors), j);
   }
-  for (int64_t part = warp + kMost * kWarps; part * Features<T>::kPart < width; part += kWarps) {
+  for (int part = warp + kMost * kWarps; part * Features<T>::kPart < width; part += kWarps) {
     f(Features<T>(part, lane, width, vectors), -1);
   }
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ int64_t row_of_thread() {
 }
 
 template <typename T, int kWarps>
-__global__ void __launch_bounds__(32 * kBlockWarps)
+__global__ void __launch_bounds__(32 * kBlockWarps, 4)
     normalized_rows_kernel(NormalizedRows a, bool vectors) {
   constexpr int kSize = Features<T>::kSize;
   const int64_t i = row_of_thread<kWarps>();
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * kBlockWarps)
 }
 
 template <typename T, int kWarps>
-__global__ void __launch_bounds__(32 * kBlockWarps)
+__global__ void __launch_bounds__(32 * kBlockWarps, 3)
     normalized_rows_gradient_kernel(NormalizedRowsGradient a, bool vectors) {
   constexpr int kSize = Features<T>::kSize;
   const int64_t i = row_of_thread<kWarps>();

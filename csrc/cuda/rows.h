@@ -18,7 +18,8 @@ struct Rows {
 // rows = w / norms (count, width), norms = max(|w|, eps) (count,), w the rows `ids` of the table.
 struct NormalizedRows {
   Dtype dtype;
-  int64_t count, classes, width;
+  int64_t count, classes;
+  int width;
   Rows table;          // (classes, width)
   const int64_t* ids;  // (count,); NaN rows for ids that are none
   float eps;
@@ -31,7 +32,8 @@ void normalized_rows(const NormalizedRows& a, cudaStream_t stream);
 // found = (g - (g·u) u) / norms, all (count, width), u the normalised rows.
 struct NormalizedRowsGradient {
   Dtype dtype;
-  int64_t count, width;
+  int64_t count;
+  int width;
   Rows rows, gradient, found;
   const float* norms;
 };
@@ -40,28 +42,30 @@ void normalized_rows_gradient(const NormalizedRowsGradient& a, cudaStream_t stre
 
 // Pairs of a class and a row, sorted by class: what is to be added to the rows of a table.
 //
-//   sum of a class = scale · Σ value · rows[row]   over its pairs p, in a fixed order,
-//   pair = order[p] (p without an order), value = value[pair] (1), row = pair / per_row
+//   sum of a class = Σ rows[pair], pair = order[p] (p without an order), over its p in a fixed
+//   order weighted       = scale · Σ value[pair] · rows[pair / per_row]
 struct Pairs {
   Dtype dtype;
-  int64_t count, per_row, classes, width;
+  int64_t count, per_row, classes;
+  int width;
   Rows rows;             // (count / per_row, width)
   const int64_t* ids;    // (count,) rising
   const int64_t* order;  // (count,) or null
-  const float* value;    // (count,) or null
+  const float* value;    // (count,), where weighted
   const float* scale;    // () or null
 };
 
 // table[id] = the sum of the class, rounded once; other rows stay. The table has the pairs' dtype.
 void scatter_rows(const Pairs& pairs, const Rows& table, cudaStream_t stream);
 
-// dw[id] += the sum of the class; db[id] += Σ value, which no scale multiplies. Either may be null.
+// dw[id] += the weighted sum; db[id] += Σ value, which no scale multiplies. Either may be null.
 void add_to_classes(const Pairs& pairs, const Rows& dw, float* db, cudaStream_t stream);
 
 // dx[i] += Σ_k value[i, k] · w[target[i, k]]
 struct TargetRows {
   Dtype dtype;  // of w; dx is float
-  int64_t count, per_row, classes, width;
+  int64_t count, per_row, classes;
+  int width;
   Rows w, dx;
   const int64_t* target;  // (count, per_row)
   const float* value;     // (count, per_row)

@@ -13,6 +13,12 @@ Rows rows_of(const char* name, const Tensor& t, int64_t rows, int64_t columns, S
   return {t.data_ptr(), t.stride(0)};
 }
 
+int width_of(const Tensor& rows) {
+  STD_TORCH_CHECK(rows.size(1) <= 1 << 22, "rows must have at most 2^22 elements, got ",
+                  rows.size(1));  // a launch has 65535 parts of at least 128
+  return static_cast<int>(rows.size(1));
+}
+
 Rows rows_like(const char* name, const Tensor& t, int64_t rows, const Tensor& table) {
   return rows_of(name, t, rows, table.size(1), table.scalar_type());
 }
@@ -27,7 +33,7 @@ void normalized_rows_op(const Tensor& table, const Tensor& ids_, double eps, con
   check_size("norms", norms, count);
   const OnDevice device(table);
   normalized_rows(
-      {dtype_of("table", table), count, table.size(0), table.size(1),
+      {dtype_of("table", table), count, table.size(0), width_of(table),
        rows_like("table", table, table.size(0), table), ids("ids", ids_), static_cast<float>(eps),
        rows_like("rows", rows, count, table), floats("norms", norms)},
       device.stream());
@@ -40,7 +46,7 @@ void normalized_rows_gradient_op(const Tensor& rows, const Tensor& norms, const 
   check_size("norms", norms, count);
   const OnDevice device(rows);
   normalized_rows_gradient(
-      {dtype_of("rows", rows), count, rows.size(1), rows_like("rows", rows, count, rows),
+      {dtype_of("rows", rows), count, width_of(rows), rows_like("rows", rows, count, rows),
        rows_like("gradient", gradient, count, rows), rows_like("found", found, count, rows),
        floats("norms", norms)},
       device.stream());
@@ -51,14 +57,15 @@ void normalized_rows_gradient_op(const Tensor& rows, const Tensor& norms, const 
 Pairs pairs_of(const Tensor& rows, const Tensor& ids_, const MaybeTensor& order,
                const MaybeTensor& value, const MaybeTensor& scale, int64_t classes) {
   const int64_t count = ids_.numel(), n = rows.size(0);
-  STD_TORCH_CHECK(n > 0 ? count % n == 0 : count == 0, "ids must have as many for each of ", n,
-                  " rows, got ", count);
+  STD_TORCH_CHECK(value && n > 0 ? count % n == 0 : count == n,
+                  "ids must have as many for each of ", n, " rows, one without values, got ",
+                  count);
   if (order) check_size("order", *order, count);
   if (value) check_size("value", *value, count);
   if (scale) check_size("scale", *scale, 1);
   return {dtype_of("rows", rows), count,
           n > 0 ? count / n : 1,  classes,
-          rows.size(1),           rows_like("rows", rows, n, rows),
+          width_of(rows),         rows_like("rows", rows, n, rows),
           ids("ids", ids_),       ids("order", order),
           floats("value", value), floats("scale", scale)};
 }
@@ -72,7 +79,7 @@ void scatter_rows_op(const Tensor& rows, const Tensor& ids, const MaybeTensor& o
 }
 
 void add_to_classes_op(const MaybeTensor& dw, const MaybeTensor& db, const Tensor& rows,
-                       const Tensor& ids, const MaybeTensor& order, const MaybeTensor& value,
+                       const Tensor& ids, const MaybeTensor& order, const Tensor& value,
                        const MaybeTensor& scale, int64_t classes) {
   Pairs pairs = pairs_of(rows, ids, order, value, scale, classes);
   Rows to;
@@ -90,7 +97,8 @@ void add_to_classes_op(const MaybeTensor& dw, const MaybeTensor& db, const Tenso
 void add_to_rows_op(const Tensor& dx, const Tensor& w, const Tensor& target, const Tensor& value) {
   STD_TORCH_CHECK(target.dim() == 2, "target must have shape (N, K), got ", target.dim(), " dims");
   check_size("value", value, target.numel());
-  const int64_t count = target.size(0), classes = w.size(0), width = w.size(1);
+  const int64_t count = target.size(0), classes = w.size(0);
+  const int width = width_of(w);
   const OnDevice device(w);
   add_to_rows({dtype_of("w", w), count, target.size(1), classes, width,
                rows_like("w", w, classes, w), rows_of("dx", dx, count, width, ScalarType::Float),
@@ -145,7 +153,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lossops_cuda, m) {
   m.def("scatter_rows(Tensor rows, Tensor ids, Tensor? order, Tensor(a!) table) -> ()");
   m.def(
       "add_to_classes(Tensor(a!)? dw, Tensor(b!)? db, Tensor rows, Tensor ids, Tensor? order, "
-      "Tensor? value, Tensor? scale, int classes) -> ()");
+      "Tensor value, Tensor? scale, int classes) -> ()");
   m.def("add_to_rows(Tensor(a!) dx, Tensor w, Tensor target, Tensor value) -> ()");
   m.def(
       "sgd_rows(Tensor(a!) table, Tensor(b!)? velocity, Tensor ids, Tensor? order, "

@@ -26,20 +26,20 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kMany = 64;
-constexpr int kFlying = 4;
 constexpr unsigned kAll = 0xffffffffu;
 
 // What a lane knows of a pair: whether it is of the run that is being summed, its row (-1 for none)
-// and its factor.
+// and its factor, where there are factors.
 struct Pair {
-  bool follows;
-  int64_t row;
-  float value;
+  bool follows = false;
+  int64_t row = -1;
+  float value = 0.0f;
 };
 
-// Adds value · row of the run that begins at `begin`, 32 pairs of every `step`, to `sum`; at(p) is
-// pair p. Returns this lane's part of the sum of the values.
-template <typename T, typename At>
+// Adds the rows of the run that begins at `begin`, times their values if kWeighs, to `sum`; 32
+// pairs of every `step`. at(p) is pair p; kFlying rows are loaded before one is added. Returns this
+// lane's part of the sum of the values.
+template <typename T, int kFlying, bool kWeighs, typename At>
 __device__ __forceinline__ float add_run(const Rows& rows, const Features<T>& features,
                                          int64_t begin, int64_t step, const At& at,
                                          Floats<T>& sum) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ float add_run(const Rows& rows, const Features<T>& fe
 #pragma unroll
       for (int k = 0; k < kFlying; ++k) {
         const int64_t at_row = __shfl_sync(kAll, mine.row, first + k);
-        value[k] = __shfl_sync(kAll, mine.value, first + k);
+        value[k] = kWeighs ? __shfl_sync(kAll, mine.value, first + k) : 1.0f;
         flying[k] = features.load(at_row < 0 ? nullptr : row<const T>(rows, at_row));
       }
 #pragma unroll
@@ -77,64 +77,62 @@ __device__ __forceinline__ float add_run(const Rows& rows, const Features<T>& fe
 template <typename T, typename Sink>
 __global__ void __launch_bounds__(32 * kWarps, 3) classes_kernel(Pairs a, Sink sink, bool vectors) {
   constexpr int kSize = Features<T>::kSize;
+  constexpr bool kWeighs = Sink::kWeighs;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Features<T> features(blockIdx.y, lane, a.width, vectors);
+  const Features<T> features(static_cast<int>(blockIdx.y), lane, a.width, vectors);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps;
   const int64_t last = first + kWarps < a.count ? first + kWarps - 1 : a.count - 1;
-
-  const auto begins = [&](int64_t p) { return p == 0 || a.ids[p - 1] != a.ids[p]; };
-  const auto known = [&](int64_t id) { return 0 <= id && id < a.classes; };
-  const auto sum_from = [&](int64_t id, int64_t begin, int64_t step, Floats<T>& sum) {
-    const auto at = [&](int64_t p) {
-      if (p >= a.count || a.ids[p] != id) return Pair{false, -1, 0.0f};
-      const int64_t pair = a.order == nullptr ? p : a.order[p];
-      const float value = a.value == nullptr ? 1.0f : a.value[pair];
-      return Pair{true, a.per_row == 1 ? pair : pair / a.per_row, value};
-    };
-    return add_run(a.rows, features, begin, step, at, sum);
-  };
-  const auto close = [&](int64_t id, const auto& before, Floats<T>& sum, float values) {
-    const float scale = a.scale == nullptr ? 1.0f : *a.scale;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sum[i] *= scale;
-    sink.close(id, features, before, sum, values);
-  };
 
   // Only the class of the last pair can go on far beyond the block.
   const int64_t long_id = a.ids[last];
   const bool is_long = last + kMany < a.count && a.ids[last + kMany] == long_id;
-
-  const int64_t own = first + warp;
-  if (own <= last && begins(own) && known(a.ids[own]) && !(is_long && a.ids[own] == long_id)) {
-    const int64_t id = a.ids[own];
-    const auto before = sink.open(id, features);
-    Floats<T> sum{};
-    const float values = sum_from(id, own, 32, sum);
-    close(id, before, sum, sum_of_warp(values));
-  }
-  if (!is_long || !known(long_id) || (first > 0 && a.ids[first - 1] == long_id)) return;
-
-  // All threads of the block are here, or none.
   LOSSOPS_SHARED(float, sums, kWarps * 32 * kSize);
   LOSSOPS_SHARED(float, sums_of_values, kWarps);
-  int64_t begin = last;
-  while (begin > first && a.ids[begin - 1] == long_id) --begin;
-  Floats<T> sum{};
-  const float values = sum_of_warp(sum_from(long_id, begin + 32 * warp, 32 * kWarps, sum));
-  // Element i of neighbouring lanes side by side: no two lanes of an access share a bank.
+
+  // First every warp by itself, then all together; one loop, since the code of the two is the same.
+#pragma unroll 1
+  for (int together = 0; together < 2; ++together) {
+    int64_t begin = together ? last : first + warp;
+    if (together) {
+      if (!is_long || (first > 0 && a.ids[first - 1] == long_id)) return;  // all of the block
+      while (begin > first && a.ids[begin - 1] == long_id) --begin;
+    } else if (begin > last || (begin > 0 && a.ids[begin - 1] == a.ids[begin])) {
+      continue;
+    }
+    const int64_t id = a.ids[begin];
+    if (id < 0 || id >= a.classes || (is_long && id == long_id && !together)) continue;
+
+    const auto before = sink.open(id, features);
+    const auto at = [&](int64_t p) {
+      if (p >= a.count || a.ids[p] != id) return Pair{};
+      const int64_t pair = a.order == nullptr ? p : a.order[p];
+      if constexpr (!kWeighs) return Pair{true, pair};
+      return Pair{true, a.per_row == 1 ? pair : pair / a.per_row, a.value[pair]};
+    };
+    Floats<T> sum{};
+    const int64_t share = together ? 32 * warp : 0, step = together ? 32 * kWarps : 32;
+    float values =
+        add_run<T, Sink::kFlying, kWeighs>(a.rows, features, begin + share, step, at, sum);
+    if constexpr (kWeighs) values = sum_of_warp(values);
+    if (together) {
+      // Neighbouring lanes side by side: no two of an access share a bank.
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) sums[(warp * kSize + i) * 32 + lane] = sum[i];
-  if (lane == 0) sums_of_values[warp] = values;
-  __syncthreads();
-  if (warp > 0) return;
-  const auto before = sink.open(long_id, features);
-  float all_values = values;
-  for (int other = 1; other < kWarps; ++other) {
+      for (int i = 0; i < kSize; ++i) sums[(warp * kSize + i) * 32 + lane] = sum[i];
+      if (kWeighs && lane == 0) sums_of_values[warp] = values;
+      __syncthreads();
+      if (warp > 0) return;
+      for (int other = 1; other < kWarps; ++other) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) sum[i] += sums[(other * kSize + i) * 32 + lane];
-    all_values += sums_of_values[other];
+        for (int i = 0; i < kSize; ++i) sum[i] += sums[(other * kSize + i) * 32 + lane];
+        if (kWeighs) values += sums_of_values[other];
+      }
+    }
+    if (kWeighs && a.scale != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum[i] *= *a.scale;
+    }
+    sink.close(id, features, before, sum, values);
   }
-  close(long_id, before, sum, all_values);
 }
 
 template <typename T>
@@ -142,10 +140,10 @@ __global__ void __launch_bounds__(32 * kWarps, 3) rows_kernel(TargetRows a, bool
   constexpr int kSize = Features<T>::kSize;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (i >= a.count) return;  // whole warps
-  const Features<T> features(blockIdx.y, threadIdx.x % 32, a.width, vectors);
+  const Features<T> features(static_cast<int>(blockIdx.y), threadIdx.x % 32, a.width, vectors);
   const int64_t end = (i + 1) * a.per_row;
   const auto at = [&](int64_t p) {
-    if (p >= end) return Pair{false, -1, 0.0f};
+    if (p >= end) return Pair{};
     const int64_t id = a.target[p];
     const bool known = 0 <= id && id < a.classes;
     return Pair{true, known ? id : -1, known ? a.value[p] : 0.0f};
@@ -153,7 +151,7 @@ __global__ void __launch_bounds__(32 * kWarps, 3) rows_kernel(TargetRows a, bool
   float* dx = row<float>(a.dx, i);
   Elements<float, kSize> before = features.load(dx);
   Floats<T> sum{};
-  add_run(a.w, features, i * a.per_row, 32, at, sum);
+  add_run<T, 4, true>(a.w, features, i * a.per_row, 32, at, sum);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) before.set(k, before[k] + sum[k]);
   features.store(dx, before);
@@ -161,7 +159,8 @@ __global__ void __launch_bounds__(32 * kWarps, 3) rows_kernel(TargetRows a, bool
 
 template <typename T>
 struct Store {
-  static constexpr int kSize = Features<T>::kSize;
+  static constexpr int kSize = Features<T>::kSize, kFlying = 4;
+  static constexpr bool kWeighs = false;
   Rows table;
 
   struct Nothing {};
@@ -178,7 +177,8 @@ struct Store {
 
 template <typename T>
 struct Add {
-  static constexpr int kSize = Features<T>::kSize;
+  static constexpr int kSize = Features<T>::kSize, kFlying = 4;
+  static constexpr bool kWeighs = true;
   Rows dw;
   float* db;
 
@@ -199,7 +199,8 @@ struct Add {
 
 template <typename T>
 struct Sgd {
-  static constexpr int kSize = Features<T>::kSize;
+  static constexpr int kSize = Features<T>::kSize, kFlying = 2;
+  static constexpr bool kWeighs = false;
   Rows table, velocity;
   SgdUpdate<float> update;
 
@@ -227,7 +228,8 @@ struct Sgd {
 
 template <typename T>
 struct Adamw {
-  static constexpr int kSize = Features<T>::kSize;
+  static constexpr int kSize = Features<T>::kSize, kFlying = 2;
+  static constexpr bool kWeighs = false;
   AdamwRows a;
 
   struct Before {

@@ -9,7 +9,7 @@ using program::Buffer;
 using program::expect_near;
 
 template <typename T>
-void check_rows(Dtype dtype, int64_t width, int64_t stride, int64_t skip) {
+void check_rows(Dtype dtype, int width, int64_t stride, int64_t skip) {
   constexpr int64_t kClasses = 5, kCount = 9;
   Buffer<T> table(skip + (kClasses - 1) * stride + width), unit(kCount * width);
   Buffer<T> gradient(kCount * width), found(kCount * width);

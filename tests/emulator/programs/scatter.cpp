@@ -14,7 +14,8 @@ using program::expect_near;
 template <typename T>
 struct Case {
   static constexpr int64_t kClasses = 6;
-  int64_t count, per_row, width;
+  int64_t count, per_row;
+  int width;
   Buffer<T> rows;
   Buffer<int64_t> target, ids, order;
   Buffer<float> value, scale;
@@ -22,7 +23,7 @@ struct Case {
   std::vector<bool> touched;
 
   // Class 2 has most of the pairs; some have no class.
-  Case(int64_t count, int64_t per_row, int64_t width, bool weighs)
+  Case(int64_t count, int64_t per_row, int width, bool weighs)
       : count(count),
         per_row(per_row),
         width(width),
@@ -71,7 +72,7 @@ struct Case {
 };
 
 template <typename T>
-void check_targets(Dtype dtype, int64_t count, int64_t per_row, int64_t width) {
+void check_targets(Dtype dtype, int64_t count, int64_t per_row, int width) {
   Case<T> a(count, per_row, width, true);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const int64_t n = count / per_row;
@@ -107,7 +108,7 @@ void check_targets(Dtype dtype, int64_t count, int64_t per_row, int64_t width) {
 }
 
 template <typename T>
-void check_tables(Dtype dtype, int64_t count, int64_t width, int64_t skip) {
+void check_tables(Dtype dtype, int64_t count, int width, int64_t skip) {
   Case<T> a(count, 1, width, false);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const double eps = sizeof(T) == 4 ? 1e-4 : 5e-2;
