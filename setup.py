@@ -167,11 +167,16 @@ def build_modules_command() -> type[build_ext]:
 
     class BuildModules(BuildExtension):
         def build_extensions(self) -> None:
-            self.parallel = self.parallel or len(self.extensions)
-            # Every module runs a ninja of its own: together they fill the cores, not flood them.
-            jobs = -(-(os.cpu_count() or 1) // self.parallel)
-            os.environ.setdefault("MAX_JOBS", str(jobs))
-            super().build_extensions()
+            wanted, jobs = self.extensions, os.environ.get("MAX_JOBS")
+            libraries = [ext for ext in wanted if ext.name == "lossops._cuda"]
+            for some in ([ext for ext in wanted if ext not in libraries], libraries):
+                if some:
+                    self.extensions, self.parallel = some, len(some)
+                    # Each runs a ninja of its own: together they fill the cores, not flood them.
+                    own = -(-(os.cpu_count() or 1) // self.parallel)
+                    os.environ["MAX_JOBS"] = jobs or str(own)
+                    super().build_extensions()
+            self.extensions = wanted
 
         def build_extension(self, ext: Extension) -> None:
             # An object is named after its source, and the modules share their sources.
