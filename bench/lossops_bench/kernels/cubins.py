@@ -6,6 +6,7 @@ Nothing is compiled here: the binaries are taken out of the library and disassem
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
@@ -56,18 +57,10 @@ def _binaries_of(cubin: Path) -> list[Facts]:
         name = part.partition(":")[0]
         listing = of_sass(part)
         resources = dict(re.findall(r"(\w+):(\d+)", usage[name]))
-        listed.append(
-            of_listing(
-                name,
-                architecture,
-                listing,
-                NVIDIA,
-                -(-threads[name] // 32),
-                int(resources["REG"]),
-                _stack(listing, resources),
-                int(resources["SHARED"]),
-            )  # fmt: skip
-        )
+        warps, registers = -(-threads[name] // 32), int(resources["REG"])
+        stack, shared = _stack(listing, resources), int(resources["SHARED"])
+        found = of_listing(name, architecture, listing, NVIDIA, warps, registers, stack, shared)
+        listed.append(found)
     return listed
 
 
@@ -83,9 +76,8 @@ def _threads(elf: str) -> dict[str, int]:
     for line in elf.splitlines():
         if match := re.match(r"\.nv\.info\.(\w+)$", line):
             name = match[1]
-        elif match := re.search(r"Value:\s+(0x\w+) (0x\w+) (0x\w+)", line):
-            if "MAX_THREADS" in attribute:
-                found[name] = int(match[1], 16) * int(match[2], 16) * int(match[3], 16)
+        elif "MAX_THREADS" in attribute and "Value:" in line:
+            found[name] = math.prod(int(size, 16) for size in line.split()[1:])
         if "Attribute:" in line:
             attribute = line
     return found
