@@ -136,7 +136,8 @@ def cuda_library() -> Extension:
     """The extension ``lossops._cuda``, which is no Python module: torch loads it."""
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME or cuda_home()  # a CPU torch says None
+    # A CPU torch says None, a CUDA torch the folder above nvcc, which may be a script.
+    cpp_extension.CUDA_HOME = cuda_home()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     system = cpp_extension.include_paths()
     library = cpp_extension.CUDAExtension(
@@ -166,11 +167,16 @@ def build_modules_command() -> type[build_ext]:
 
     class BuildModules(BuildExtension):
         def build_extensions(self) -> None:
-            self.parallel = self.parallel or len(self.extensions)
-            # Every module runs a ninja of its own: together they fill the cores, not flood them.
-            jobs = -(-(os.cpu_count() or 1) // self.parallel)
-            os.environ.setdefault("MAX_JOBS", str(jobs))
-            super().build_extensions()
+            wanted, jobs = self.extensions, os.environ.get("MAX_JOBS")
+            libraries = [ext for ext in wanted if ext.name == "lossops._cuda"]
+            for some in ([ext for ext in wanted if ext not in libraries], libraries):
+                if some:
+                    self.extensions, self.parallel = some, len(some)
+                    # Each runs a ninja of its own: together they fill the cores, not flood them.
+                    own = -(-(os.cpu_count() or 1) // self.parallel)
+                    os.environ["MAX_JOBS"] = jobs or str(own)
+                    super().build_extensions()
+            self.extensions = wanted
 
         def build_extension(self, ext: Extension) -> None:
             # An object is named after its source, and the modules share their sources.

@@ -108,6 +108,8 @@ struct Lane<float> : ScalarLane<float> {
   // Seven instructions, one of them the special unit's; the polynomial takes thirteen.
   static LOSSOPS_LANE float exp(float x) { return ::expf(x); }
   static LOSSOPS_LANE float tanh(float u) { return tanh_float(u); }
+  // For x > 0: powf is a call, which saves registers on the stack.
+  static LOSSOPS_LANE float pow(float x, float y) { return ::expf(y * ::logf(x)); }
 #else
   static LOSSOPS_LANE float exp(float x) { return exp_float(x, 0.0f, -88.0f); }
 #endif

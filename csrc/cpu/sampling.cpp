@@ -49,7 +49,8 @@ std::tuple<Tensor, int64_t> draws(const Draw& draw, int64_t num, bool unique, in
   int64_t* out = ids.data_ptr<int64_t>();
   if (!unique) {
     at::parallel_for(0, num, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) out[t] = draw(t);
+      const Draw of = draw;  // which no store to `out` can change: the loop has lanes
+      for (int64_t t = begin; t < end; ++t) out[t] = of(t);
     });
     return {ids, num};
   }

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) pair_columns_kernel(PairColumnsCall 
 }
 
 template <typename Out>
-__global__ void __launch_bounds__(kThreads) pair_gradient_kernel(PairGradientCall call) {
+__global__ void __launch_bounds__(kThreads, 4) pair_gradient_kernel(PairGradientCall call) {
   const int64_t row = blockIdx.x;
   const LogitMap map(call.logits);
   const RowTargets targets(call.sides, row, 0, call.logits.classes);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,11 +16,15 @@ def kernels_command(
     match: Annotated[str, typer.Option(help="Only kernels with this in their names.")] = "",
     rivals: Annotated[bool, typer.Option(help="Those of other packages, too.")] = False,
     write: Annotated[
-        bool, typer.Option(help="Write kernels/README.md and the budgets of tests/compiled.")
+        bool, typer.Option(help="Write the tables of the READMEs and the budgets.")
     ] = False,
+    cuda: Annotated[bool, typer.Option(help="Those of csrc/cuda, as they were built.")] = False,
 ) -> None:
     """Compile the GPU kernels as they are launched, without a GPU, and show what came of it."""
     _needs_triton("kernels")
+    if cuda:
+        _cuda(match, write)
+        return
     from lossops_bench.kernels import model, report
     from lossops_bench.kernels.devices import DEVICES
     from lossops_bench.kernels.launches import cases
@@ -50,6 +54,23 @@ def kernels_command(
             report.write_table("rivals", report.table(theirs))
 
 
+def _cuda(match: str, write: bool) -> None:
+    """What nvcc made of csrc/cuda."""
+    from lossops_bench.kernels import cubins, report
+
+    library = cubins.library()
+    if library is None:
+        typer.echo("lossops-bench kernels --cuda needs lossops._cuda: make build", err=True)
+        raise typer.Exit(1)
+    found = cubins.rows(library)
+    for row in found:
+        if match in row.case:
+            _show(row)
+    if write:
+        report.write_budgets(found, cubins.BUDGETS)
+        report.write_table("kernels", cubins.table(found), cubins.README)
+
+
 def tune_command(
     write: Annotated[
         bool, typer.Option(help="Rewrite kernels/lossops_triton/configurations.py.")
@@ -75,16 +96,22 @@ def _needs_triton(command: str) -> None:
 
 def _shown(names: list[str], architectures: list[str], fresh: bool = False) -> list:
     """Print the rows as they come, and give them all."""
-    from lossops_bench.kernels.report import cell, rows_of
+    from lossops_bench.kernels.report import rows_of
 
     rows = []
     for row in rows_of(names, architectures, fresh):
-        facts = row.facts
-        kinds = ", ".join(f"{n}x {kind}" for kind, n in facts.matrix.items())
-        typer.echo(
-            f"{row.case:32} {facts.architecture:7} {cell(facts):28} {facts.shared:6} B shared, "
-            f"{row.functions:.3f} MUFU, {facts.wide_loads}/{facts.loads} wide loads, "
-            f"{facts.atomics} atomics, {facts.instructions} instructions {kinds}"
-        )
+        _show(row)
         rows.append(row)
     return rows
+
+
+def _show(row: Any) -> None:
+    from lossops_bench.kernels.report import cell
+
+    facts = row.facts
+    kinds = ", ".join(f"{n}x {kind}" for kind, n in facts.matrix.items())
+    typer.echo(
+        f"{row.case:32} {facts.architecture:7} {cell(facts):28} {facts.shared:6} B shared, "
+        f"{row.functions:.3f} MUFU, {facts.wide_loads}/{facts.loads} wide loads, "
+        f"{facts.atomics} atomics, {facts.instructions} instructions {kinds}"
+    )

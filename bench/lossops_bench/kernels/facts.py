@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ class Facts:
         loads, wide_loads: from global memory in the main loop, and those of 16 bytes or by copy
             engine.
         atomics: on global memory, anywhere.
+        fused_doubles: products and sums of float64 in one instruction.
         instructions: of the kernel.
     """
 
@@ -55,6 +57,7 @@ class Facts:
     loads: int
     wide_loads: int
     atomics: int
+    fused_doubles: int
     instructions: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,18 +93,36 @@ def facts_of(kernel: CompiledKernel, architecture: str) -> Facts:
         listing, kinds = of_sass(text), NVIDIA
         registers, spilled, scalar_spills = _number("REG:", usage), stack_bytes(listing), 0
     about = kernel.metadata
-    columns = getattr(about, "tmem_size", 0) or 0
-    fit = occupancy(architecture, about.num_warps, registers, about.shared, columns)
+    return of_listing(
+        about.name, architecture, listing, kinds, about.num_warps, registers, spilled,
+        about.shared, scalar_spills, getattr(about, "tmem_size", 0) or 0,
+    )  # fmt: skip
+
+
+def of_listing(
+    kernel: str,
+    architecture: str,
+    listing: Listing,
+    kinds: Mapping[str, str],
+    warps: int,
+    registers: int,
+    spilled: int,
+    shared: int,
+    scalar_spills: int = 0,
+    tensor_columns: int = 0,
+) -> Facts:
+    """Of a disassembly and what the compiler says of it."""
+    fit = occupancy(architecture, warps, registers, shared, tensor_columns)
     main, inner = listing.main_loop(), listing.inner_loop(kinds["matrix"])
     return Facts(
-        kernel=about.name,
+        kernel=kernel,
         architecture=architecture,
-        warps=about.num_warps,
+        warps=warps,
         registers=registers,
         spilled=spilled,
         scalar_spills=scalar_spills,
-        shared=about.shared,
-        tensor_columns=columns,
+        shared=shared,
+        tensor_columns=tensor_columns,
         blocks=fit.blocks,
         occupancy=fit.share,
         limit=fit.limit,
@@ -112,6 +133,7 @@ def facts_of(kernel: CompiledKernel, architecture: str) -> Facts:
         loads=listing.count(kinds["loads"], main),
         wide_loads=listing.count(kinds["wide"], main),
         atomics=listing.count(kinds["atomics"]),
+        fused_doubles=listing.count(r"(DFMA\b|v_fma_f64)"),
         instructions=len(listing.instructions),
     )
 

@@ -75,10 +75,11 @@ def sass(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
+        return tool("nvdisasm", "-c", file.name), tool("cuobjdump", "-res-usage", file.name)
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
+    """What one of NVIDIA's tools prints."""
     command = [NVIDIA_TOOLS / name, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

@@ -105,19 +105,19 @@ def regressions(row: Row, budget: Mapping[str, Any]) -> list[str]:
     return worse
 
 
-def read_budgets() -> dict[str, dict[str, dict[str, Any]]]:
+def read_budgets(path: Path = BUDGETS) -> dict[str, dict[str, dict[str, Any]]]:
     """By case and architecture."""
-    return json.loads(BUDGETS.read_text())
+    return json.loads(path.read_text())
 
 
-def write_budgets(rows: Iterable[Row]) -> None:
+def write_budgets(rows: Iterable[Row], path: Path = BUDGETS) -> None:
     """Those of the rows, in the place of all others; a line for each."""
     by_case: dict[str, list[str]] = {}
     for one in rows:
         line = f'  "{one.facts.architecture}": {json.dumps(budget_of(one))}'
         by_case.setdefault(one.case, []).append(line)
     parts = [f'"{case}": {{\n' + ",\n".join(lines) + "\n}" for case, lines in by_case.items()]
-    BUDGETS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def table(rows: Iterable[Row]) -> str:
