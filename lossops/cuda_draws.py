@@ -2,7 +2,8 @@
 
 The device is never waited for. Distinct ids are the first S that appear among T draws, where T,
 known in advance, is enough with all but certainty (`draws_needed`); how many of them it took is a
-number on the device.
+number on the device. T is 28,399 for 8,192 of 50,000 log-uniform classes, where a CPU stops after
+some 25,700; each of the T takes 41 bytes while ids are sorted.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ void draw_log_uniform_op(int64_t key, int64_t count, double log2, const Tensor& 
 }
 
 void draw_alias_op(int64_t key, const Tensor& threshold, const Tensor& alias, const Tensor& ids_) {
+  check_devices(ids_, threshold, alias);
   check_size("alias", alias, threshold.numel());
   draw_into(
       AliasDraw{bits(key), threshold.numel(),
@@ -43,6 +44,7 @@ void draw_alias_op(int64_t key, const Tensor& threshold, const Tensor& alias, co
 }
 
 void mark_first_op(const Tensor& sorted, const Tensor& order, const Tensor& first) {
+  check_devices(sorted, order, first);
   check_size("order", order, sorted.numel());
   check_size("first", first, sorted.numel());
   const OnDevice device(sorted);
@@ -53,6 +55,7 @@ void mark_first_op(const Tensor& sorted, const Tensor& order, const Tensor& firs
 
 void take_first_op(const Tensor& draws, const Tensor& first, const Tensor& rank, const Tensor& ids_,
                    const Tensor& tries) {
+  check_devices(draws, first, rank, ids_, tries);
   check_size("first", first, draws.numel());
   check_size("rank", rank, draws.numel());
   check_size("tries", tries, 1);
@@ -64,6 +67,7 @@ void take_first_op(const Tensor& draws, const Tensor& first, const Tensor& rank,
 }
 
 void find_positions_op(const Tensor& ids_, const Tensor& wanted, const Tensor& found) {
+  check_devices(ids_, wanted, found);
   check_size("found", found, wanted.numel());
   const OnDevice device(ids_);
   find_positions(ids("ids", ids_), ids_.numel(), ids("wanted", wanted), wanted.numel(),
@@ -72,6 +76,7 @@ void find_positions_op(const Tensor& ids_, const Tensor& wanted, const Tensor& f
 }
 
 void find_hits_op(const Tensor& drawn, const Tensor& target, const Tensor& hit) {
+  check_devices(drawn, target, hit);
   const int64_t n = drawn.size(0);
   STD_TORCH_CHECK(drawn.dim() == 2 && target.dim() == 2 && target.size(0) == n,
                   "drawn must have shape (N, S) and target (N, K), got ", n, " and ",

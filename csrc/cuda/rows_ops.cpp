@@ -29,6 +29,7 @@ void check_size(const char* name, const Tensor& t, int64_t size) {
 
 void normalized_rows_op(const Tensor& table, const Tensor& ids_, double eps, const Tensor& rows,
                         const Tensor& norms) {
+  check_devices(table, ids_, rows, norms);
   const int64_t count = ids_.numel();
   check_size("norms", norms, count);
   const OnDevice device(table);
@@ -42,6 +43,7 @@ void normalized_rows_op(const Tensor& table, const Tensor& ids_, double eps, con
 
 void normalized_rows_gradient_op(const Tensor& rows, const Tensor& norms, const Tensor& gradient,
                                  const Tensor& found) {
+  check_devices(rows, norms, gradient, found);
   const int64_t count = rows.size(0);
   check_size("norms", norms, count);
   const OnDevice device(rows);
@@ -72,6 +74,7 @@ Pairs pairs_of(const Tensor& rows, const Tensor& ids_, const MaybeTensor& order,
 
 void scatter_rows_op(const Tensor& rows, const Tensor& ids, const MaybeTensor& order,
                      const Tensor& table) {
+  check_devices(rows, ids, order, table);
   const Pairs pairs = pairs_of(rows, ids, order, {}, {}, table.size(0));
   const OnDevice device(rows);
   scatter_rows(pairs, rows_like("table", table, table.size(0), rows), device.stream());
@@ -81,6 +84,7 @@ void scatter_rows_op(const Tensor& rows, const Tensor& ids, const MaybeTensor& o
 void add_to_classes_op(const MaybeTensor& dw, const MaybeTensor& db, const Tensor& rows,
                        const Tensor& ids, const MaybeTensor& order, const Tensor& value,
                        const MaybeTensor& scale, int64_t classes) {
+  check_devices(rows, dw, db, ids, order, value, scale);
   Pairs pairs = pairs_of(rows, ids, order, value, scale, classes);
   Rows to;
   if (dw) {
@@ -95,6 +99,7 @@ void add_to_classes_op(const MaybeTensor& dw, const MaybeTensor& db, const Tenso
 }
 
 void add_to_rows_op(const Tensor& dx, const Tensor& w, const Tensor& target, const Tensor& value) {
+  check_devices(w, dx, target, value);
   STD_TORCH_CHECK(target.dim() == 2, "target must have shape (N, K), got ", target.dim(), " dims");
   check_size("value", value, target.numel());
   const int64_t count = target.size(0), classes = w.size(0);
@@ -110,6 +115,7 @@ void add_to_rows_op(const Tensor& dx, const Tensor& w, const Tensor& target, con
 void sgd_rows_op(const Tensor& table, const MaybeTensor& velocity, const Tensor& ids,
                  const MaybeTensor& order, const Tensor& gradient, double lr, double momentum,
                  double weight_decay) {
+  check_devices(table, velocity, ids, order, gradient);
   const int64_t classes = table.size(0);
   const Pairs pairs = pairs_of(gradient, ids, order, {}, {}, classes);
   const OnDevice device(table);
@@ -123,6 +129,7 @@ void adamw_rows_op(const Tensor& table, const Tensor& mean, const Tensor& square
                    const Tensor& count, const Tensor& ids, const MaybeTensor& order,
                    const Tensor& gradient, double lr, double beta1, double beta2, double eps,
                    double weight_decay) {
+  check_devices(table, mean, square, count, ids, order, gradient);
   const int64_t classes = table.size(0);
   const Pairs pairs = pairs_of(gradient, ids, order, {}, {}, classes);
   check_size("count", count, classes);

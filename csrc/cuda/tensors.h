@@ -43,6 +43,16 @@ inline void check_launch(const char* name) {
                   " could not be launched: ", cudaGetErrorString(error));
 }
 
+// Raises where a tensor is elsewhere than the first; the dispatcher looks at one of them only.
+template <typename... Others>
+void check_devices(const Tensor& first, const Others&... others) {
+  const auto is_there = [&](const MaybeTensor& t) {
+    return !t ||
+           (t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index());
+  };
+  STD_TORCH_CHECK((is_there(others) && ...), "all tensors must be on one device");
+}
+
 inline Dtype dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

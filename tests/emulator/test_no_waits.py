@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fixtures import built, emulator, loaded
 from torch import Tensor
 
 import lossops
@@ -21,7 +22,7 @@ V, D, N = 1000, 24, 40
 
 
 @pytest.fixture
-def launched(loaded: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launched(emulator: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the ops that would have been run."""
     names: list[str] = []
     library = torch.library.Library("lossops_cuda", "IMPL", "Meta")
