@@ -121,7 +121,7 @@ HEAD_ERRORS = {
     ),
     "backend": (
         (X, W, Y), {"backend": "cuda"}, ValueError,
-        r"backend must be 'auto' or one of cpp, triton, reference, got 'cuda'",
+        r"backend must be 'auto' or one of cpp, triton, cuda, reference, got 'cuda'",
     ),
     "options: a dict": (
         (X, W, Y), {"options": {"schedule": "auto"}}, TypeError,

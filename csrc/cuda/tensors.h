@@ -24,7 +24,9 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
 #else
-  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+    cudaSetDevice(index_);  // of the runtime that is linked in here, which is not torch's
+  }
   cudaStream_t stream() const {
     return static_cast<cudaStream_t>(
         torch::stable::accelerator::getCurrentStream(index_).nativeHandle());
