@@ -120,8 +120,12 @@ HEAD_ERRORS = {
         r"logit_scale must be on the device of input, cpu, got meta",
     ),
     "backend": (
+        (X, W, Y), {"backend": "gpu"}, ValueError,
+        r"backend must be 'auto' or one of cpp, triton, cuda, reference, got 'gpu'",
+    ),
+    "backend: cuda": (
         (X, W, Y), {"backend": "cuda"}, ValueError,
-        r"backend must be 'auto' or one of cpp, triton, cuda, reference, got 'cuda'",
+        r"backend 'cuda' cannot run this call: the CUDA kernels run on CUDA tensors, got cpu",
     ),
     "options: a dict": (
         (X, W, Y), {"options": {"schedule": "auto"}}, TypeError,
