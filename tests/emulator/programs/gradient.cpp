@@ -28,7 +28,7 @@ class Case : public Operands<T> {
                        &GradientRows::c_vector, &GradientRows::c_teacher}) {
       rows.*field = normal(rows_);
     }
-    for (float& shift : floats_[0]) shift += 6;  // dr in half precision is finite
+    for (float& shift : floats_[0]) shift += 6;                  // dr in half precision is finite
     if (rows_ > 1) const_cast<float*>(rows.lse)[1] = -INFINITY;  // no negatives
     call.logits = this->logits;
     call.sides = this->sides;

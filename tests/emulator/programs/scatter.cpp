@@ -9,6 +9,7 @@
 using namespace lossops;
 using program::Buffer;
 using program::expect_near;
+using program::kDtype;
 
 // Pairs (row, class) sorted by class, and their sums in double.
 template <typename T>
@@ -56,8 +57,8 @@ struct Case {
     }
   }
 
-  Pairs pairs(Dtype dtype, bool weighs) {
-    return {dtype,
+  Pairs pairs(bool weighs) {
+    return {kDtype<T>,
             count,
             per_row,
             kClasses,
@@ -71,16 +72,16 @@ struct Case {
 };
 
 template <typename T>
-void check_targets(Dtype dtype, int64_t count, int64_t per_row, int64_t width) {
+void check_targets(int64_t count, int64_t per_row, int64_t width) {
   Case<T> a(count, per_row, width, true);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const int64_t n = count / per_row;
   Buffer<float> dw(kClasses * width, 1.0f), db(kClasses, 2.0f), dx(n * width, 3.0f);
   Buffer<T> w(kClasses * width);
   fill_normal(w);
-  add_to_classes(a.pairs(dtype, true), Rows{dw.data(), width}, db.data(), nullptr);
-  add_to_rows({dtype, n, per_row, kClasses, width, Rows{w.data(), width}, Rows{dx.data(), width},
-               a.target.data(), a.value.data()},
+  add_to_classes(a.pairs(true), Rows{dw.data(), width}, db.data(), nullptr);
+  add_to_rows({kDtype<T>, n, per_row, kClasses, width, Rows{w.data(), width},
+               Rows{dx.data(), width}, a.target.data(), a.value.data()},
               nullptr);
   for (int64_t j = 0; j < kClasses; ++j) {
     expect_near("db", db[j], 2 + a.values[j], 1e-4);
@@ -100,14 +101,14 @@ void check_targets(Dtype dtype, int64_t count, int64_t per_row, int64_t width) {
   }
   // db alone
   Buffer<float> alone(kClasses, 2.0f);
-  Pairs pairs = a.pairs(dtype, true);
+  Pairs pairs = a.pairs(true);
   pairs.width = 0;
   add_to_classes(pairs, {}, alone.data(), nullptr);
   for (int64_t j = 0; j < kClasses; ++j) expect_near("db alone", alone[j], db[j], 0);
 }
 
 template <typename T>
-void check_tables(Dtype dtype, int64_t count, int64_t width, int64_t skip) {
+void check_tables(int64_t count, int64_t width, int64_t skip) {
   Case<T> a(count, 1, width, false);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const double eps = sizeof(T) == 4 ? 1e-4 : 5e-2;
@@ -117,9 +118,9 @@ void check_tables(Dtype dtype, int64_t count, int64_t width, int64_t skip) {
   const auto rows = [&](Buffer<T>& t) { return Rows{t.data() + skip, width}; };
   const SgdUpdate<double> sgd(0.1, 0.9, 0.01);
   const AdamwUpdate<double> adamw(0.1, 0.8, 0.95, 1e-6, 0.03);
-  scatter_rows(a.pairs(dtype, false), rows(sums), nullptr);
-  sgd_rows(a.pairs(dtype, false), rows(w), rows(v), {0.1, 0.9, 0.01}, nullptr);
-  adamw_rows(a.pairs(dtype, false),
+  scatter_rows(a.pairs(false), rows(sums), nullptr);
+  sgd_rows(a.pairs(false), rows(w), rows(v), {0.1, 0.9, 0.01}, nullptr);
+  adamw_rows(a.pairs(false),
              {rows(w2),
               rows(m2),
               rows(v2),
@@ -151,10 +152,10 @@ void check_tables(Dtype dtype, int64_t count, int64_t width, int64_t skip) {
 }
 
 void check(unsigned seed, const std::string&) {
-  check_targets<float>(Dtype::kFloat, 400, 2, 132);
-  check_targets<__half>(Dtype::kHalf, 42, 1, 5);
-  check_targets<__nv_bfloat16>(Dtype::kBFloat16, 120, 40, 264);
-  check_tables<float>(Dtype::kFloat, 200, 36, 0);
-  check_tables<__half>(Dtype::kHalf, 9, 16, 8);
-  check_tables<__nv_bfloat16>(Dtype::kBFloat16, 1 + seed, 37, 1);
+  check_targets<float>(400, 2, 132);
+  check_targets<__half>(42, 1, 5);
+  check_targets<__nv_bfloat16>(120, 40, 264);
+  check_tables<float>(200, 36, 0);
+  check_tables<__half>(9, 16, 8);
+  check_tables<__nv_bfloat16>(1 + seed, 37, 1);
 }
