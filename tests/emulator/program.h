@@ -4,6 +4,7 @@
 
 #include <sanitizer/asan_interface.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -54,6 +55,10 @@ class Matrix {
     for (T* end = data() + columns; end < memory_.end(); end += stride) {
       ASAN_POISON_MEMORY_REGION(end, gap * sizeof(T));
     }
+  }
+  Matrix(int64_t rows, int64_t columns, int64_t skip, int64_t gap, T value)
+      : Matrix(rows, columns, skip, gap) {
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(&(*this)(i, 0), columns, value);
   }
 
   const int64_t rows, columns, stride;
