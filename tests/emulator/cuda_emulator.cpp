@@ -462,10 +462,24 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 // For Python, by ctypes.
-extern "C" __attribute__((visibility("default"))) void lossops_emulator_seed(unsigned seed) {
-  cuda_emulator::set_seed(seed);
-}
+extern "C" {
+#define FOR_PYTHON __attribute__((visibility("default")))
 
-extern "C" __attribute__((visibility("default"))) int lossops_emulator_launches() {
-  return cuda_emulator::state.launches;
+FOR_PYTHON void lossops_emulator_seed(unsigned seed) { cuda_emulator::set_seed(seed); }
+
+FOR_PYTHON int lossops_emulator_launches() { return cuda_emulator::state.launches; }
+
+// Count the bytes that move to and from memory from now on; those at `first` are number 0, 1, ...
+FOR_PYTHON void lossops_emulator_watch(uintptr_t first, uintptr_t bytes) {
+  cuda_emulator::races::watched.push_back({first, first + bytes});
 }
+FOR_PYTHON int64_t lossops_emulator_bytes_read(int number) {
+  return cuda_emulator::races::watched[number].read;
+}
+FOR_PYTHON int64_t lossops_emulator_bytes_written(int number) {
+  return cuda_emulator::races::watched[number].written;
+}
+FOR_PYTHON void lossops_emulator_watch_nothing() { cuda_emulator::races::watched.clear(); }
+
+#undef FOR_PYTHON
+}  // extern "C"

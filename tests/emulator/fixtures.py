@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import builder
 import pytest
@@ -39,6 +40,33 @@ def emulator(loaded: ctypes.CDLL) -> Iterator[Callable[[int], None]]:
     """torch.ops.lossops_cuda on CPU tensors; call it with a seed to shuffle blocks and threads."""
     yield loaded.lossops_emulator_seed
     loaded.lossops_emulator_seed(0)
+
+
+class Bytes(NamedTuple):
+    """What kernels read of a tensor and wrote to it, an access of each thread counted."""
+
+    read: int
+    written: int
+
+
+@pytest.fixture
+def traffic(loaded: ctypes.CDLL) -> Callable[..., list[Bytes]]:
+    """``traffic(call, *tensors)``: the bytes that a call moves, of each tensor."""
+
+    def traffic(call: Callable[[], object], *tensors: torch.Tensor) -> list[Bytes]:
+        for t in tensors:
+            loaded.lossops_emulator_watch(*map(ctypes.c_size_t, (t.data_ptr(), t.nbytes)))
+        try:
+            call()
+            read, written = (
+                loaded.lossops_emulator_bytes_read,
+                loaded.lossops_emulator_bytes_written,
+            )
+            return [Bytes(read(i), written(i)) for i in range(len(tensors))]
+        finally:
+            loaded.lossops_emulator_watch_nothing()
+
+    return traffic
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 // to fill it, and comparisons with a plain loop.
 #pragma once
 
+#include <sanitizer/asan_interface.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -40,6 +43,43 @@ class Buffer {
   int64_t n_;
 };
 
+// Rows that begin `skip` elements after 16 bytes and end `gap` before the next, the last with the
+// memory; only rows may be touched.
+template <typename T>
+class Matrix {
+ public:
+  Matrix(int64_t rows, int64_t columns, int64_t skip, int64_t gap)
+      : rows(rows), columns(columns), stride(columns + gap), skip_(skip), memory_(size()) {
+    if (rows == 0) return;
+    ASAN_POISON_MEMORY_REGION(memory_.data(), skip * sizeof(T));
+    for (T* end = data() + columns; end < memory_.end(); end += stride) {
+      ASAN_POISON_MEMORY_REGION(end, gap * sizeof(T));
+    }
+  }
+  Matrix(int64_t rows, int64_t columns, int64_t skip, int64_t gap, T value)
+      : Matrix(rows, columns, skip, gap) {
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(&(*this)(i, 0), columns, value);
+  }
+
+  const int64_t rows, columns, stride;
+  T* data() { return memory_.data() + skip_; }
+  T& operator()(int64_t i, int64_t j) { return data()[i * stride + j]; }
+
+ private:
+  int64_t size() const { return rows == 0 ? 0 : skip_ + (rows - 1) * stride + columns; }
+
+  int64_t skip_;
+  Buffer<T> memory_;
+};
+
+// The Dtype of a type.
+template <typename T>
+constexpr lossops::Dtype kDtype = lossops::Dtype::kFloat;
+template <>
+constexpr lossops::Dtype kDtype<__half> = lossops::Dtype::kHalf;
+template <>
+constexpr lossops::Dtype kDtype<__nv_bfloat16> = lossops::Dtype::kBFloat16;
+
 inline std::mt19937_64 draw;
 
 // Normal numbers, rounded to the type.
@@ -47,6 +87,16 @@ template <typename T>
 void fill_normal(Buffer<T>& buffer, float deviation = 1.0f) {
   std::normal_distribution<float> normal(0.0f, deviation);
   for (T& x : buffer) x = lossops::from_float<T>(normal(draw));
+}
+
+template <typename T>
+void fill_normal(Matrix<T>& matrix, float deviation = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, deviation);
+  for (int64_t i = 0; i < matrix.rows; ++i) {
+    for (int64_t j = 0; j < matrix.columns; ++j) {
+      matrix(i, j) = lossops::from_float<T>(normal(draw));
+    }
+  }
 }
 
 // Ids in [0, end).

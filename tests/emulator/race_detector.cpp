@@ -22,6 +22,9 @@
 #include <vector>
 
 namespace cuda_emulator::races {
+
+std::vector<Traffic> watched;
+
 namespace {
 
 struct Segment {
@@ -142,14 +145,15 @@ void remember_read(Cell& cell, const Access& now) {
   if (same_warp(state.segments[a.segment], state.segments[b.segment])) cell.reads[1] = now;
 }
 
+bool is_shared(uintptr_t address) {
+  return std::any_of(state.shared.begin(), state.shared.end(),
+                     [&](const Array& a) { return a.first <= address && address < a.end; });
+}
+
 void read(Cell& cell, uintptr_t address, const Access& now) {
   check_order("reads", now, "wrote", cell.write);
-  if (cell.write.segment == 0) {
-    for (const Array& a : state.shared) {
-      if (a.first <= address && address < a.end)
-        fail_at(&anchor + now.code, "reads shared memory that no thread of its block wrote");
-    }
-  }
+  if (cell.write.segment == 0 && is_shared(address))
+    fail_at(&anchor + now.code, "reads shared memory that no thread of its block wrote");
   remember_read(cell, now);
 }
 
@@ -161,6 +165,13 @@ Page& page_of(uintptr_t address) {
     page = &state.pages[number];
   }
   return *page;
+}
+
+void count_traffic(uintptr_t address, size_t bytes, bool writes) {
+  for (Traffic& traffic : watched) {
+    if (address < traffic.first || traffic.end <= address || is_shared(address)) continue;
+    (writes ? traffic.written : traffic.read) += static_cast<int64_t>(bytes);
+  }
 }
 
 template <typename F>
@@ -181,6 +192,7 @@ void touch(const void* pointer, size_t bytes, size_t alignment, bool writes, con
   if (address - reinterpret_cast<uintptr_t>(&position) < sizeof(position)) return;
   if (address % alignment != 0)
     fail_at(code, "accesses " + std::to_string(bytes) + " bytes at a misaligned address");
+  if (!watched.empty()) count_traffic(address, bytes, writes);
   const Access now = {current_segment(),
                       static_cast<int32_t>(static_cast<const char*>(code) - &anchor)};
   for_each_cell(address, bytes, [&](Cell& cell, uintptr_t at) {

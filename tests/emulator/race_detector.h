@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cuda_emulator.h"
 
@@ -27,6 +29,13 @@ void order_lanes(unsigned first_thread, unsigned lanes);
 
 // A shared array of the block that begins: nobody wrote it.
 void new_shared_array(const void* array, size_t bytes);
+
+// Bytes of [first, first + bytes) that threads read and wrote since it was watched.
+struct Traffic {
+  uintptr_t first, end;
+  int64_t read = 0, written = 0;
+};
+extern std::vector<Traffic> watched;
 
 // "(x, y, z)".
 std::string numbers(const Index& index);

@@ -9,25 +9,31 @@
 using namespace lossops;
 using program::Buffer;
 using program::expect_near;
+using program::kDtype;
+using program::Matrix;
+
+template <typename T>
+Rows rows_of(Matrix<T>& matrix) {
+  return {matrix.data(), matrix.stride};
+}
 
 // Pairs (row, class) sorted by class, and their sums in double.
 template <typename T>
 struct Case {
   static constexpr int64_t kClasses = 6;
-  int64_t count, per_row;
-  int width;
-  Buffer<T> rows;
+  int64_t count, per_row, width;
+  Matrix<T> rows;
   Buffer<int64_t> target, ids, order;
   Buffer<float> value, scale;
   std::vector<double> sums, values;  // (classes, width), (classes,)
   std::vector<bool> touched;
 
   // Class 2 has most of the pairs; some have no class.
-  Case(int64_t count, int64_t per_row, int width, bool weighs)
+  Case(int64_t count, int64_t per_row, int width, int64_t skip, bool weighs)
       : count(count),
         per_row(per_row),
         width(width),
-        rows(count / per_row * width),
+        rows(count / per_row, width, skip, skip),
         target(count),
         ids(count),
         order(count),
@@ -52,18 +58,18 @@ struct Case {
       values[ids[p]] += value[order[p]];
       for (int64_t k = 0; k < width; ++k) {
         sums[ids[p] * width + k] +=
-            double(value[order[p]]) * scale[0] * to_float(rows[order[p] / per_row * width + k]);
+            double(value[order[p]]) * scale[0] * to_float(rows(order[p] / per_row, k));
       }
     }
   }
 
-  Pairs pairs(Dtype dtype, bool weighs) {
-    return {dtype,
+  Pairs pairs(bool weighs) {
+    return {kDtype<T>,
             count,
             per_row,
             kClasses,
             width,
-            Rows{rows.data(), width},
+            rows_of(rows),
             ids.data(),
             order.data(),
             weighs ? value.data() : nullptr,
@@ -72,21 +78,22 @@ struct Case {
 };
 
 template <typename T>
-void check_targets(Dtype dtype, int64_t count, int64_t per_row, int width) {
-  Case<T> a(count, per_row, width, true);
+void check_targets(int64_t count, int64_t per_row, int width, int64_t skip = 0) {
+  Case<T> a(count, per_row, width, skip, true);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const int64_t n = count / per_row;
-  Buffer<float> dw(kClasses * width, 1.0f), db(kClasses, 2.0f), dx(n * width, 3.0f);
-  Buffer<T> w(kClasses * width);
+  Matrix<float> dw(kClasses, width, skip, skip, 1.0f), dx(n, width, skip, skip, 3.0f);
+  Matrix<T> w(kClasses, width, skip, skip);
+  Buffer<float> db(kClasses, 2.0f);
   fill_normal(w);
-  add_to_classes(a.pairs(dtype, true), Rows{dw.data(), width}, db.data(), nullptr);
-  add_to_rows({dtype, n, per_row, kClasses, width, Rows{w.data(), width}, Rows{dx.data(), width},
-               a.target.data(), a.value.data()},
+  add_to_classes(a.pairs(true), rows_of(dw), db.data(), nullptr);
+  add_to_rows({kDtype<T>, n, per_row, kClasses, width, rows_of(w), rows_of(dx), a.target.data(),
+               a.value.data()},
               nullptr);
   for (int64_t j = 0; j < kClasses; ++j) {
     expect_near("db", db[j], 2 + a.values[j], 1e-4);
     for (int64_t k = 0; k < width; ++k) {
-      expect_near("dw", dw[j * width + k], 1 + a.sums[j * width + k], 1e-4);
+      expect_near("dw", dw(j, k), 1 + a.sums[j * width + k], 1e-4);
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -94,36 +101,37 @@ void check_targets(Dtype dtype, int64_t count, int64_t per_row, int width) {
       double sum = 3;
       for (int64_t p = i * per_row; p < (i + 1) * per_row; ++p) {
         const int64_t id = a.target[p];
-        if (id >= 0 && id < kClasses) sum += double(a.value[p]) * to_float(w[id * width + k]);
+        if (id >= 0 && id < kClasses) sum += double(a.value[p]) * to_float(w(id, k));
       }
-      expect_near("dx", dx[i * width + k], sum, 1e-4);
+      expect_near("dx", dx(i, k), sum, 1e-4);
     }
   }
   // db alone
   Buffer<float> alone(kClasses, 2.0f);
-  Pairs pairs = a.pairs(dtype, true);
+  Pairs pairs = a.pairs(true);
   pairs.width = 0;
   add_to_classes(pairs, {}, alone.data(), nullptr);
   for (int64_t j = 0; j < kClasses; ++j) expect_near("db alone", alone[j], db[j], 0);
 }
 
 template <typename T>
-void check_tables(Dtype dtype, int64_t count, int width, int64_t skip) {
-  Case<T> a(count, 1, width, false);
+void check_tables(int64_t count, int width, int64_t skip) {
+  Case<T> a(count, 1, width, skip, false);
   constexpr int64_t kClasses = Case<T>::kClasses;
   const double eps = sizeof(T) == 4 ? 1e-4 : 5e-2;
-  const auto table = [&] { return Buffer<T>(skip + kClasses * width, from_float<T>(0.5f)); };
+  const auto table = [&] {
+    return Matrix<T>(kClasses, width, skip, 8 - skip, from_float<T>(0.5f));
+  };
   auto sums = table(), w = table(), v = table(), w2 = table(), m2 = table(), v2 = table();
   Buffer<int32_t> steps(kClasses, 2);
-  const auto rows = [&](Buffer<T>& t) { return Rows{t.data() + skip, width}; };
   const SgdUpdate<double> sgd(0.1, 0.9, 0.01);
   const AdamwUpdate<double> adamw(0.1, 0.8, 0.95, 1e-6, 0.03);
-  scatter_rows(a.pairs(dtype, false), rows(sums), nullptr);
-  sgd_rows(a.pairs(dtype, false), rows(w), rows(v), {0.1, 0.9, 0.01}, nullptr);
-  adamw_rows(a.pairs(dtype, false),
-             {rows(w2),
-              rows(m2),
-              rows(v2),
+  scatter_rows(a.pairs(false), rows_of(sums), nullptr);
+  sgd_rows(a.pairs(false), rows_of(w), rows_of(v), {0.1, 0.9, 0.01}, nullptr);
+  adamw_rows(a.pairs(false),
+             {rows_of(w2),
+              rows_of(m2),
+              rows_of(v2),
               steps.data(),
               {0.1, 0.8, 0.95, 1e-6, 0.03},
               0.1f,
@@ -133,7 +141,6 @@ void check_tables(Dtype dtype, int64_t count, int width, int64_t skip) {
   for (int64_t j = 0; j < kClasses; ++j) {
     program::expect(steps[j] == (a.touched[j] ? 3 : 2), "steps of a row");
     for (int64_t k = 0; k < width; ++k) {
-      const int64_t at = skip + j * width + k;
       double sum = 0.5, wj = 0.5, vj = 0.5, w2j = 0.5, m2j = 0.5, v2j = 0.5;
       if (a.touched[j]) {
         sum = a.sums[j * width + k];
@@ -141,21 +148,26 @@ void check_tables(Dtype dtype, int64_t count, int width, int64_t skip) {
         adamw(w2j, m2j, v2j, sum, 0.1 / (1 - std::pow(0.8, 3)),
               1 / std::sqrt(1 - std::pow(0.95, 3)));
       }
-      expect_near("sum", to_float(sums[at]), sum, eps);
-      expect_near("w", to_float(w[at]), wj, eps);
-      expect_near("v", to_float(v[at]), vj, eps);
-      expect_near("w of adamw", to_float(w2[at]), w2j, eps);
-      expect_near("m", to_float(m2[at]), m2j, eps);
-      expect_near("square", to_float(v2[at]), v2j, eps);
+      expect_near("sum", to_float(sums(j, k)), sum, eps);
+      expect_near("w", to_float(w(j, k)), wj, eps);
+      expect_near("v", to_float(v(j, k)), vj, eps);
+      expect_near("w of adamw", to_float(w2(j, k)), w2j, eps);
+      expect_near("m", to_float(m2(j, k)), m2j, eps);
+      expect_near("square", to_float(v2(j, k)), v2j, eps);
     }
   }
 }
 
 void check(unsigned seed, const std::string&) {
-  check_targets<float>(Dtype::kFloat, 400, 2, 132);
-  check_targets<__half>(Dtype::kHalf, 42, 1, 5);
-  check_targets<__nv_bfloat16>(Dtype::kBFloat16, 120, 40, 264);
-  check_tables<float>(Dtype::kFloat, 207, 36, 0);  // 8 · 25 + 7: the last look ahead ends there
-  check_tables<__half>(Dtype::kHalf, 9, 16, 8);
-  check_tables<__nv_bfloat16>(Dtype::kBFloat16, 1 + seed, 37, 1);
+  // Every place in 16 bytes; rows by vectors at the first.
+  for (int64_t skip = 0; skip < 8; ++skip) {
+    check_targets<__half>(12, 1, 16 + skip % 3, skip);
+    check_tables<float>(9, 12 + skip % 3, skip);
+    check_tables<__half>(1 + seed, 16, skip);
+  }
+  check_targets<float>(400, 2, 132);
+  check_targets<__half>(42, 1, 5);
+  check_targets<__nv_bfloat16>(120, 40, 264);
+  check_tables<float>(207, 36, 0);  // 8 · 25 + 7: the last look ahead ends there
+  check_tables<__nv_bfloat16>(1 + seed, 37, 1);
 }
