@@ -83,6 +83,12 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture
+def device() -> torch.device:
+    """Where tests that a GPU's share have their tensors: tests/gpu_device.py has the other one."""
+    return torch.device("cpu")
+
+
 class Inputs(NamedTuple):
     """Inputs of a head: x (N, D), w (V, D), b (V,) and target y (N,)."""
 
