@@ -12,6 +12,9 @@ from gpu_kernels import *  # noqa: F403
 from lossops.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
+# Tensors of 8 GB, which the CPU has without touching them.
+for test in [value for name, value in globals().items() if "more_than_2_31" in name]:
+    pytest.mark.slow(test)
 
 
 @pytest.fixture(scope="session")
