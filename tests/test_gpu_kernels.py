@@ -13,8 +13,8 @@ from lossops.backends import BACKENDS
 
 pytestmark = pytest.mark.gpu
 # Tensors of 8 GB, which the CPU has without touching them.
-for test in [value for name, value in globals().items() if "more_than_2_31" in name]:
-    pytest.mark.slow(test)
+for each in [value for name, value in globals().items() if "more_than_2_31" in name]:
+    pytest.mark.slow(each)
 
 
 @pytest.fixture(scope="session")
