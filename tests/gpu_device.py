@@ -37,6 +37,15 @@ def needs(name: str) -> str:
     return name
 
 
+def needs_room(gigabytes: int) -> None:
+    """The test is skipped where the GPU has less free memory."""
+    if DEVICE.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(DEVICE)[0] / 1e9
+        if free < gigabytes:
+            pytest.skip(f"takes {gigabytes} GB of GPU memory, and {free:.0f} are free")
+
+
 @pytest.fixture(scope="session", params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of a GPU by name."""

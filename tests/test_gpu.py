@@ -16,7 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_no_worse, make_inputs, value_and_gradients
-from gpu_device import DEVICE, backend, device, full_precision, needs, on_cuda
+from gpu_device import (
+    DEVICE,
+    backend,
+    device,
+    full_precision,
+    needs,
+    needs_room,
+    on_cuda,
+)
 from gpu_losses import *  # noqa: F403
 from test_cpu_backend import FLOOR
 from torch import Tensor
@@ -95,18 +103,20 @@ def test_cross_entropy(
     hold(lambda of: losses(of, **options), backend, inputs(n, v, d, dtype, 2.0), dtype)
 
 
-@pytest.mark.parametrize(
-    "n", [300, pytest.param(66_000, marks=pytest.mark.slow)], ids=lambda n: f"N{n}"
-)
-@pytest.mark.parametrize("loss", ["sigmoid_pairwise_loss", "softmax_pairwise_loss"])
+PAIRS = [
+    ("sigmoid_pairwise_loss", 300, 300),
+    ("softmax_pairwise_loss", 300, 300),
+    pytest.param("sigmoid_pairwise_loss", 66_000, 40, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("loss", "n", "v"), PAIRS)
 @every_dtype
-def test_pairs(backend: str, dtype: torch.dtype, loss: str, n: int) -> None:
+def test_pairs(backend: str, dtype: torch.dtype, loss: str, n: int, v: int) -> None:
     def of(backend: str) -> Any:
         return lambda x, w: getattr(lossops, loss)(x, w, 3.0, backend=backend)
 
-    v = 300 if n < 66_000 or loss == "softmax_pairwise_loss" else 40
-    x, w = (F.normalize(t) for t in inputs(n if v == 40 else 300, v, 64, dtype)[:2])
-    hold(of, backend, [x, w], dtype)
+    hold(of, backend, [F.normalize(t) for t in inputs(n, v, 64, dtype)[:2]], dtype)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -130,6 +140,7 @@ def test_logits_at_every_place(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 def test_logits_of_more_than_2_31_elements(backend: str) -> None:
     """4.3 GB, their gradient in the same place; some rows against float64."""
+    needs_room(10)
     n, v = 32_800, 65_536
     z = torch.empty(n, v, dtype=torch.bfloat16, device=DEVICE).normal_()
     y = torch.arange(n, device=DEVICE)
@@ -150,6 +161,7 @@ def test_logits_of_more_than_2_31_elements(backend: str) -> None:
 @every_schedule
 def test_weights_of_more_than_2_31_elements(backend: str, schedule: str) -> None:
     """4.3 GB of w and as much of dw, with targets at both ends."""
+    needs_room(40)
     d, v = 512, 2**22 + 64
     w = torch.empty(v, d, dtype=torch.bfloat16, device=DEVICE).normal_().mul_(d**-0.5)
     x = torch.randn(6, d).bfloat16().to(DEVICE)
@@ -167,11 +179,11 @@ def test_weights_of_more_than_2_31_elements(backend: str, schedule: str) -> None
         p[torch.arange(6, device=DEVICE), ids] -= 1
         torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(
-            dw[ids].double(), p[:, ids].T @ x.double(), rtol=2.0**-6, atol=2e-2
+            dw[ids].double(), p[:, ids].T @ x.double(), rtol=2.0**-6, atol=1e-3
         )
         parts = zip(p.split(2**18, 1), w.split(2**18), strict=True)
         true = sum(part.float() @ some.float() for part, some in parts)
-        torch.testing.assert_close(dx.float(), true, rtol=2.0**-6, atol=2e-2)
+        torch.testing.assert_close(dx.float(), true, rtol=2.0**-6, atol=1e-3)
 
 
 # Nothing below is about values: the same bits, when, where and with how much memory.
@@ -223,11 +235,11 @@ def test_training_on_samples_waits_for_nothing(optimizer: Any) -> None:
         head(x, y).backward()
         of_head.step()
         for sampler in drawing:
-            lossops.sampled_softmax_loss(x, table, y, sampler).backward()
-            lossops.nce_loss(x, table, y, sampler).backward()
+            for loss in (lossops.sampled_softmax_loss, lossops.nce_loss):
+                loss(x, table, y, sampler).backward()
+                of_table.step()
+                of_table.zero_grad()
             sampler.per_row(y)
-            of_table.step()
-            of_table.zero_grad()
         of_head.zero_grad()
 
     step()

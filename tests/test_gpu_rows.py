@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_device import DEVICE, Moved, device, needs, on_cuda
+from gpu_device import DEVICE, Moved, device, needs, needs_room, on_cuda
 from gpu_draws import *  # noqa: F403
 from gpu_rows import *  # noqa: F403
 
@@ -84,6 +84,7 @@ def test_tables_of_more_than_2_31_elements(dtype):
     """Rows on both sides of 2^31 and at the end; a dense gradient of as many."""
     from lossops import cuda_rows
 
+    needs_room(20)
     d = 512
     v = 2**31 // d + 100
     table = torch.zeros(v, d, dtype=dtype, device=DEVICE)
