@@ -1,7 +1,7 @@
 """Every loss on a GPU backend, forward and backward: tests that Triton and CUDA share.
 
-A suite imports all of this and has the fixtures ``backend``, a name, and ``launches``, a context
-whose value is true once a kernel ran.
+A suite imports all of this and has the fixtures ``backend``, a name, ``launches``, a context whose
+value is true once a kernel ran, and ``device`` where that is not the CPU.
 
 The oracle is the reference backend in float64, the budget its own error in the inputs' dtype; the
 losses of the catalogue have their dense definitions for both.
@@ -20,6 +20,7 @@ from conftest import DTYPES, assert_no_worse, make_inputs, value_and_gradients
 from test_catalogue import Case as Recipe
 from test_docs import FUNCTIONS, README, backend_table, between_markers
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import lossops
 from lossops import LinearLossOptions, catalogue
@@ -40,6 +41,11 @@ TERMS = {"logit_scale": 1.5, "softcap": 6.0, "sample_weight": ROWS}
 RICH = {**TERMS, "weight": CLASSES, "label_smoothing": 0.1, "lse_square_scale": 1e-2}
 
 
+def beside(x: Tensor, values: Any) -> Any:
+    """The values with their tensors on the device of x."""
+    return tree_map(lambda t: t.to(x.device) if isinstance(t, Tensor) else t, values)
+
+
 def drawn() -> SampledClasses:
     """The same classes whenever asked, one of them a target."""
     return Uniform(V, 40, seed=1)(Y.clamp_min(0))
@@ -48,8 +54,8 @@ def drawn() -> SampledClasses:
 def of_statistics(x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Tensor:
     teacher = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(1)
     found = lossops.linear_statistics(
-        x, w, Y, names=tuple(STATISTICS), linear_bias=b, class_vector=CLASSES.to(x.dtype),
-        teacher=teacher.to(x.dtype), **options,
+        x, w, Y.to(x.device), names=tuple(STATISTICS), linear_bias=b,
+        class_vector=CLASSES.to(x), teacher=teacher.to(x), **options,
     ).values  # fmt: skip
     return torch.stack([t for t in found.values() if t.is_floating_point()])[:, Y >= 0]
 
@@ -57,7 +63,7 @@ def of_statistics(x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Tensor:
 def of_logits(name: str, **own: Any) -> Callable[..., Tensor]:
     """A loss of logits that exist."""
     return lambda x, w, b, **options: FUNCTIONS[name](
-        torch.nn.functional.linear(x, w, b), Y, **own, **options
+        torch.nn.functional.linear(x, w, b), Y.to(x.device), **beside(x, own), **options
     )
 
 
@@ -67,7 +73,7 @@ def of_head(name: str, *positional: Any, **own: Any) -> Callable[..., Tensor]:
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None = None, **options: Any) -> Tensor:
         bias = {} if b is None else {"linear_bias": b}
-        found = FUNCTIONS[name](x, w, *targets, **bias, **own, **options)
+        found = FUNCTIONS[name](x, w, *beside(x, targets), **bias, **beside(x, own), **options)
         return torch.cat(found) if isinstance(found, tuple) else found
 
     return loss
@@ -142,15 +148,22 @@ def test_every_loss_is_here() -> None:
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(backend: str, launches: Launches, name: str, kind: str) -> None:
-    check(backend, launches, name, LOSSES[name], kind)
+def test_losses(
+    backend: str, launches: Launches, device: torch.device, name: str, kind: str
+) -> None:
+    check(backend, launches, name, LOSSES[name], kind, device)
 
 
 def check(
-    backend: str, launches: Launches, name: str, loss: Callable[..., Tensor], kind: str
+    backend: str,
+    launches: Launches,
+    name: str,
+    loss: Callable[..., Tensor],
+    kind: str,
+    device: torch.device,
 ) -> None:
     """A loss within its budget, on kernels."""
-    x, w, b, _ = make_inputs(N, V, D, DTYPES[kind], spread=2.0)
+    x, w, b, _ = (t.to(device) for t in make_inputs(N, V, D, DTYPES[kind], spread=2.0))
     inputs = (x, w) if any(word in name for word in WITHOUT_BIAS) else (x, w, b)
 
     def run(of: str, *tensors: Tensor) -> list[Tensor]:
@@ -165,9 +178,10 @@ def check(
 
 
 @pytest.mark.parametrize("name", catalogue.RECIPES)
-def test_losses_of_the_catalogue(backend: str, name: str) -> None:
+def test_losses_of_the_catalogue(backend: str, device: torch.device, name: str) -> None:
     """In one variant each: the others are the same kernels with other coefficients."""
     case = Recipe(name, dtype=torch.float32)
+    vars(case).update(beside(torch.empty(0, device=device), vars(case)))
     ours = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
     plain, wide = value_and_gradients(case.plain, case.leaves), case.double()
     exact = value_and_gradients(wide.plain, wide.leaves)
@@ -175,13 +189,13 @@ def test_losses_of_the_catalogue(backend: str, name: str) -> None:
         assert_no_worse(f"{name} {what}", one, same, true)
 
 
-def test_scores_that_have_no_gradient(backend: str) -> None:
-    x, w, b, _ = make_inputs(N, V, D, torch.float32)
+def test_scores_that_have_no_gradient(backend: str, device: torch.device) -> None:
+    x, w, b, _ = (t.to(device) for t in make_inputs(N, V, D, torch.float32))
 
     def scores(of: str, *tensors: Tensor) -> Tensor:
         x, w, b = tensors
         return catalogue.min_k_scores(
-            x.unsqueeze(0), w, Y.unsqueeze(0), k=0.5, normalized=True, linear_bias=b,
+            x.unsqueeze(0), w, Y.to(device).unsqueeze(0), k=0.5, normalized=True, linear_bias=b,
             backend=of,
         )  # fmt: skip
 
@@ -190,15 +204,15 @@ def test_scores_that_have_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
-def test_partial_fc(backend: str, launches: Launches, kind: str) -> None:
+def test_partial_fc(backend: str, launches: Launches, device: torch.device, kind: str) -> None:
     """A sample of the classes, normalised rows and a margin."""
-    x, w, _, y = make_inputs(N, V, D, DTYPES[kind])
+    x, w, _, y = (t.to(device) for t in make_inputs(N, V, D, DTYPES[kind]))
 
     def run(of: str, *tensors: Tensor) -> list[Tensor]:
         def loss(x: Tensor, w: Tensor) -> Tensor:
             head = lossops.PartialFC(
                 D, V, sample_rate=0.5, margin=lossops.ArcFace(), sparse=False, backend=of,
-                dtype=x.dtype,
+                device=device, dtype=x.dtype,
             )  # fmt: skip
             return torch.func.functional_call(head, {"weight": w}, (x, y))
 

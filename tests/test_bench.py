@@ -351,3 +351,27 @@ class TestTune:
         result = CliRunner().invoke(build_app(), [command])
         assert result.exit_code == 1
         assert "GPU" in result.output
+
+
+def test_timings_of_a_gpu_on_what_is_here():
+    """No backend of a GPU runs, and says why; all else is as there."""
+    from lossops_bench.kernels.timings import Sizes, timings
+
+    sizes = Sizes((3, 50), (6, 4, 10), (30, 1000), ((20, 16, 300),), repeats=1)
+    text = "\n".join(timings(torch.device("cpu"), sizes))
+    for words in ("cuda: the CUDA kernels run on CUDA tensors", "lse: plain", "softmax: plain",
+                  "AdamW: plain", "log-uniform, distinct", "linear + cross_entropy"):  # fmt: skip
+        assert words in text
+    assert "Error" not in text
+
+
+def test_gpu_check_runs_the_memory_checker_where_it_is_installed(monkeypatch):
+    from lossops_bench.kernels import check
+
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    assert len(list(check.commands())) == 1
+    monkeypatch.setattr(check.shutil, "which", lambda name: f"/bin/{name}")
+    tests, *checked = check.commands()
+    assert tests[0][-4:] == ["-q", "-m", "gpu", "tests"]
+    assert [c[2] for c, _ in checked] == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert all((check.ROOT / file).exists() for file in check.SANITIZED_FILES)

@@ -1,162 +1,112 @@
-"""Rows, sums by class and draws on a real device: `pytest -m gpu`. None of this has run yet.
-
-The oracle is the reference in float64, and for draws the reference bit for bit.
-"""
+"""Rows by id and draws of class ids in CUDA on a real device: `pytest -m gpu`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from gpu_device import DEVICE, Moved, device, needs, needs_room, on_cuda
+from gpu_draws import *  # noqa: F403
+from gpu_rows import *  # noqa: F403
 
-import lossops
-from lossops import backends, cuda_draws, cuda_rows, optim, reference_rows, reference_sampling
+import lossops.cuda_draws
+import lossops.cuda_rows
+from lossops import reference_rows, reference_sampling
 
 pytestmark = pytest.mark.gpu
 
-V, D, N = 100_003, 520, 5000
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
 
 @pytest.fixture(autouse=True)
-def kernels_are_there() -> None:
-    """They are, wherever the GPU tests run: a GPU without them is a failure."""
-    assert backends.load_cuda_module() is None
+def cuda() -> None:
+    """All of these are kernels of that backend."""
+    needs("cuda")
 
 
-def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
+@pytest.fixture
+def cuda_rows() -> Moved:
+    return Moved(lossops.cuda_rows)
 
 
-def assert_close(found: Tensor, exact: Tensor, roundings: float = 4) -> None:
-    eps = torch.finfo(found.dtype).eps
-    atol = roundings * eps * float(exact.abs().max()) / 2
-    torch.testing.assert_close(found.double(), exact, rtol=roundings * eps, atol=atol)
+@pytest.fixture
+def cuda_draws() -> Moved:
+    return Moved(lossops.cuda_draws)
 
 
-@every_dtype
-@pytest.mark.parametrize("width", [D, 37, 5001])
-def test_rows(dtype: torch.dtype, width: int) -> None:
-    w, ids = made(3000, width, dtype=dtype), torch.randint(3000, (N,), device="cuda")
-    unit, norms = cuda_rows.normalized_rows(w, ids, 1e-12)
-    exact, lengths = reference_rows.normalized_rows(w.double(), ids, 1e-12)
-    assert_close(unit, exact)
-    assert_close(norms, lengths, 16)
-    g = made(N, width, dtype=dtype)
-    found = cuda_rows.normalized_rows_gradient(unit, norms, g)
-    exact = reference_rows.normalized_rows_gradient(unit.double(), norms.double(), g.double())
-    assert_close(found, exact, 8)
+@pytest.fixture
+def draws() -> Moved:
+    return Moved(lossops.cuda_draws.DeviceDraws(DEVICE))
 
 
-@every_dtype
-@pytest.mark.parametrize("width", [D, 37])
-def test_sums_by_class(dtype: torch.dtype, width: int) -> None:
-    x, w = made(N, width, dtype=dtype), made(V, width, dtype=dtype)
-    target = torch.randint(-1, V, (N, 2), device="cuda")
-    target[: N // 2] = 7
-    value = made(N, 2)
-    dx, dw, db = made(N, width), made(V, width), made(V)
-    exact = [t.double() for t in (dx, dw, db)]
-    for y, v in zip(target.T, value.double().T, strict=True):
-        some = y >= 0
-        exact[0][some] += v[some].unsqueeze(1) * w[y[some]].double()
-        exact[1].index_add_(0, y[some], v[some].unsqueeze(1) * x[some].double())
-        exact[2].index_add_(0, y[some], v[some])
-    again = [t.clone() for t in (dx, dw, db)]
-    for three in ((dx, dw, db), again):
-        cuda_rows.add_targets(*three, x, None, w, target, value)
-    for found, same, expected in zip((dx, dw, db), again, exact, strict=True):
-        assert torch.equal(found, same)
-        assert_close(found, expected, 64)
+@pytest.fixture
+def shuffle() -> Callable[[int], None]:
+    """A GPU has its own order."""
+    return lambda seed: None
 
 
-@every_dtype
-def test_updates(dtype: torch.dtype) -> None:
-    ids = torch.randint(V, (N,), device="cuda")
-    ids[: N // 4] = 5
-    g = made(N, D, dtype=dtype)
-    distinct, at = ids.unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), D, dtype=torch.float64, device="cuda")
-    sums.index_add_(0, at, g.double())
-    w, m, s = (made(V, D, dtype=dtype) for _ in range(3))
-    count = torch.arange(V, dtype=torch.int32, device="cuda")
-    for name, tensors, numbers in (
-        ("sgd_rows", [w, m], (0.1, 0.9, 0.05)),
-        ("adamw_rows", [w, m, s.abs(), count], (0.1, 0.8, 0.9999, 1e-6, 0.03)),
-    ):
-        found = [t.clone() for t in tensors]
-        exact = [t.double() if t.is_floating_point() else t.clone() for t in tensors]
-        getattr(cuda_rows, name)(*found, ids, g, *numbers)
-        getattr(reference_rows, name)(*exact, distinct, sums, *numbers)
-        for f, e in zip(found, exact, strict=True):
-            assert_close(f, e, 16) if f.is_floating_point() else torch.testing.assert_close(f, e)
+@pytest.mark.slow
+def test_more_rows_than_a_grid_has_in_one_direction(cuda_rows, draws, cuda_draws):
+    """70,000 of them, of one class and of many."""
+    s, v = 70_000, 80_000
+    table, given = torch.randn(v, 4), torch.randn(s, 4)
+    ids = draws.sample_permuted(7, v, s)
+    assert torch.equal(ids, reference_sampling.sample_permuted(7, v, s))
+    unit, norms = cuda_rows.normalized_rows(table, ids, 1e-12)
+    exact, lengths = reference_rows.normalized_rows(table.double(), ids, 1e-12)
+    torch.testing.assert_close(unit.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norms.double(), lengths, rtol=1e-6, atol=1e-6)
+    for where in (ids, torch.where(torch.arange(s) < 66_000, 5, ids)):
+        found = cuda_rows.scattered(where, given, table, False)
+        exact = torch.zeros(v, 4, dtype=torch.float64).index_add_(0, where, given.double())
+        scale = float(exact.abs().max())
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6 * scale)
+    updated, exact = table.clone(), table.double()
+    cuda_rows.sgd_rows(updated, None, ids, given, 0.1, 0.0, 0.0)
+    reference_rows.sgd_rows(exact, None, ids, given.double(), 0.1, 0.0, 0.0)
+    torch.testing.assert_close(updated.double(), exact, rtol=1e-6, atol=1e-6)
+    dx, dw = torch.zeros(s, 4), torch.zeros(v, 4)
+    value = torch.randn(s, 1)
+    cuda_rows.add_targets(dx, dw, None, given, None, table, ids.unsqueeze(1), value)
+    torch.testing.assert_close(dx, value * table[ids])
+    torch.testing.assert_close(dw[ids], value * given)
+    rising = ids.sort().values
+    at = cuda_draws.positions(rising, torch.arange(v))
+    assert torch.equal(at >= 0, torch.isin(torch.arange(v), ids))
+    assert torch.equal(rising[at[at >= 0]], torch.arange(v)[at >= 0])
+    drawn = ids.view(-1, 1)
+    assert torch.equal(cuda_draws.hits(drawn, drawn.flip(0)), drawn == drawn.flip(0))
 
 
-@pytest.mark.parametrize("count", [7, 1000, 2**33 + 5])
-def test_draws(count: int) -> None:
-    ours = cuda_draws.DeviceDraws(torch.device("cuda"))
-    some, log2 = min(count, 3000), math.log2(count + 1)
-    calls = {
-        "sample_permuted": (3, count, some),
-        "sample_uniform": (3, count, 3000),
-        "sample_log_uniform": (3, count, log2, min(some, 400), True, 100_000),
-    }
-    for name, arguments in calls.items():
-        found = getattr(ours, name)(*arguments)
-        expected = getattr(reference_sampling, name)(*arguments)
-        if name == "sample_log_uniform":
-            assert int(found[1]) == expected[1]
-            found, expected = found[0], expected[0]
-        assert torch.equal(found.cpu(), expected), name
+@on_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_of_more_than_2_31_elements(dtype):
+    """Rows on both sides of 2^31 and at the end; a dense gradient of as many."""
+    from lossops import cuda_rows
 
-
-def training(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[[], Tensor]:
-    """A step over a sample of the classes, loss and update."""
-    w = torch.nn.Parameter(made(V, 64))
-    optimizer, sampler = make([w]), lossops.samplers.LogUniform(V, 1000)
-    x, y = made(N, 64), torch.randint(V, (N,), device="cuda")
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = lossops.sampled_softmax_loss(x, w, y, sampler)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step
-
-
-@pytest.mark.parametrize("make", [lambda p: optim.RowSGD(p, 0.1, 0.9), optim.RowAdamW])
-def test_a_step_over_a_sample_waits_for_nothing(make: Callable[..., torch.optim.Optimizer]) -> None:
-    step = training(make)
-    first = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        last = [step() for _ in range(3)][-1]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert bool(last.isfinite() & (last < first))
-
-
-def test_partial_fc_waits_for_nothing() -> None:
-    head = lossops.PartialFC(64, V, sample_rate=0.1, device="cuda")
-    optimizer = optim.RowSGD(head.parameters(), 0.1, 0.9)
-    x, y = made(N, 64), torch.randint(V, (N,), device="cuda")
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = head(x, y)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert step().shape == ()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    needs_room(20)
+    d = 512
+    v = 2**31 // d + 100
+    table = torch.zeros(v, d, dtype=dtype, device=DEVICE)
+    ids = torch.tensor([0, 2**31 // d - 1, 2**31 // d, v - 1], device=DEVICE)
+    given = torch.randn(4, d).to(dtype).to(DEVICE)
+    table[ids] = given
+    unit, norms = cuda_rows.normalized_rows(table, ids, 1e-12)
+    exact, lengths = reference_rows.normalized_rows(given, torch.arange(4, device=DEVICE), 1e-12)
+    torch.testing.assert_close(unit, exact)
+    torch.testing.assert_close(norms, lengths)
+    cuda_rows.sgd_rows(table, None, ids, given, 1.0, 0.0, 0.0)
+    assert not table[ids].any()
+    for distinct in (True, False):
+        dense = cuda_rows.scattered(ids, given, table, distinct)
+        assert torch.equal(dense[ids], given)
+        assert torch.count_nonzero(dense) == torch.count_nonzero(given)
+        del dense
+    dx, value = torch.zeros(4, d, device=DEVICE), torch.ones(4, 1, device=DEVICE)
+    table[ids] = given
+    cuda_rows.add_targets(dx, None, None, dx, None, table, ids.unsqueeze(1), value)
+    assert torch.equal(dx, given.float())
+    if dtype == torch.float32:
+        x = given.float()
+        cuda_rows.add_targets(None, table, None, x, None, table, ids.unsqueeze(1), value)
+        torch.testing.assert_close(table[ids], 2 * given)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lossops_bench.case import Problem, Rival, Tensors
 
-__all__ = ["first_line", "logits_bytes", "torch_rivals", "trial"]
+__all__ = ["GPU_BACKENDS", "first_line", "logits_bytes", "torch_rivals", "trial"]
+
+GPU_BACKENDS = {"cuda": "lossops, CUDA kernels", "triton": "lossops, Triton kernels"}
+"""Backends of lossops that only a machine with a GPU lists, and what to call them."""
+if not torch.cuda.is_available():
+    GPU_BACKENDS.clear()
 
 
 def torch_rivals(plain: Callable[..., Tensor], plain_half: Callable[..., Tensor]) -> list[Rival]:

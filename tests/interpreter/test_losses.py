@@ -6,6 +6,7 @@ from typing import Any
 
 import memory
 import pytest
+import torch
 from gpu_losses import *  # noqa: F403
 from gpu_losses import NEAR, Launches, check
 
@@ -23,5 +24,5 @@ def launches() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
-def test_near_and_far(backend: str, launches: Launches, kind: str) -> None:
-    check(backend, launches, "near", NEAR, kind)
+def test_near_and_far(backend: str, launches: Launches, device: torch.device, kind: str) -> None:
+    check(backend, launches, "near", NEAR, kind, device)

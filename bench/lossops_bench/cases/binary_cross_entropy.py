@@ -14,7 +14,7 @@ from lossops_bench.case import Problem, Rival, Tensors, Truth
 from lossops_bench.cases.linear_cross_entropy import CASE as LINEAR
 from lossops_bench.cases.linear_cross_entropy import make_inputs as linear_inputs
 from lossops_bench.inputs import log_uniform, tiny
-from lossops_bench.rivals import torch_rivals, trial
+from lossops_bench.rivals import GPU_BACKENDS, torch_rivals, trial
 from lossops_bench.truth import some, some_classes
 
 __all__ = ["CASE"]
@@ -91,6 +91,7 @@ CASE = replace(
     truth=truth,
     rivals=(
         lossops_rival("cpp", "lossops, C++ backend"),
+        *(lossops_rival(*each) for each in GPU_BACKENDS.items()),
         lossops_rival("reference", "lossops, plain PyTorch in tiles"),
         *torch_rivals(partial(plain, True), partial(plain, False)),
     ),

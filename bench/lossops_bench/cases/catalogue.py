@@ -129,9 +129,8 @@ def cross_entropy(problem: Problem, inputs: Tensors) -> dict[str, Callable[[], C
         "target": inputs["target"].reshape(rows),
     }
     leaves = LINEAR.with_gradients(problem, given)
-    ours = LINEAR.rival("lossops-cpp")
-    if ours.objection(problem):
-        ours = LINEAR.rival("lossops-reference")
+    lossops = (rival for rival in LINEAR.rivals if rival.name.startswith("lossops-"))
+    ours = next(rival for rival in lossops if rival.objection(problem) is None)
     return {ours.name: partial(LINEAR.prepare, ours, problem.mode, leaves)}
 
 

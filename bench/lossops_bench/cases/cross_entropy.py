@@ -12,7 +12,7 @@ from torch import Tensor
 from lossops_bench.case import Case, Cost, Problem, Rival, Tensors, Truth, Unit
 from lossops_bench.inputs import normal, targets, tiny
 from lossops_bench.measure import copy_ways
-from lossops_bench.rivals import logits_bytes, torch_rivals, trial
+from lossops_bench.rivals import GPU_BACKENDS, logits_bytes, torch_rivals, trial
 from lossops_bench.shapes import Shape
 from lossops_bench.truth import logits_truth
 
@@ -108,6 +108,7 @@ CASE = Case(
     unit=Unit("copy", partial(copy_ways, "logits"), copy_cost),
     rivals=(
         lossops_rival("cpp", "lossops, C++ backend"),
+        *(lossops_rival(*each) for each in GPU_BACKENDS.items()),
         lossops_rival("reference", "lossops, plain PyTorch in chunks"),
         Rival(
             "lossops-inplace",

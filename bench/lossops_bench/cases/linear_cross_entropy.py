@@ -12,7 +12,7 @@ from torch import Tensor
 from lossops_bench.case import Case, Cost, Problem, Rival, Tensors, Truth, Unit
 from lossops_bench.inputs import normal, pulled_features, targets, tiny
 from lossops_bench.measure import product_ways
-from lossops_bench.rivals import torch_rivals, trial
+from lossops_bench.rivals import GPU_BACKENDS, torch_rivals, trial
 from lossops_bench.shapes import Shape
 from lossops_bench.truth import linear_truth
 
@@ -125,6 +125,7 @@ CASE = Case(
     unit=Unit("GEMM", partial(product_ways, "input", "linear_weight"), product_cost),
     rivals=(
         lossops_rival("cpp", "lossops, C++ backend"),
+        *(lossops_rival(*each) for each in GPU_BACKENDS.items()),
         lossops_rival("reference", "lossops, plain PyTorch in chunks"),
         *torch_rivals(plain, plain_half),
         Rival(

@@ -22,7 +22,7 @@ from lossops_bench.cases.linear_cross_entropy import (
 )
 from lossops_bench.inputs import normal, tiny
 from lossops_bench.measure import product_ways
-from lossops_bench.rivals import torch_rivals, trial
+from lossops_bench.rivals import GPU_BACKENDS, torch_rivals, trial
 from lossops_bench.truth import some
 
 __all__ = ["SIGMOID", "SOFTMAX"]
@@ -173,6 +173,7 @@ def case(loss: str, summary: str, gradients: dict[str, str]) -> Case:
         unit=Unit("GEMM", partial(product_ways, "image_features", "text_features"), product_cost),
         rivals=(
             lossops_rival(loss, "cpp", "lossops, C++ backend"),
+            *(lossops_rival(loss, *each) for each in GPU_BACKENDS.items()),
             lossops_rival(loss, "reference", "lossops, plain PyTorch in tiles"),
             *torch_rivals(*(partial(LOSSES[loss][0], upcast) for upcast in (True, False))),
         ),

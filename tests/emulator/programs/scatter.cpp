@@ -21,7 +21,8 @@ Rows rows_of(Matrix<T>& matrix) {
 template <typename T>
 struct Case {
   static constexpr int64_t kClasses = 6;
-  int64_t count, per_row, width;
+  int64_t count, per_row;
+  int width;
   Matrix<T> rows;
   Buffer<int64_t> target, ids, order;
   Buffer<float> value, scale;
