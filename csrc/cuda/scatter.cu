@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(32 * kWarps, 3) classes_kernel(Pairs a, Sink s
     const int64_t id = a.ids[begin];
     if (id < 0 || id >= a.classes || (is_long && id == long_id && !together)) continue;
 
-    const auto before = sink.open(id, features);
+    decltype(sink.open(id, features)) before{};
+    if (!together || warp == 0) before = sink.open(id, features);  // by the warp that closes
     const auto at = [&](int64_t p) {
       if (p >= a.count || a.ids[p] != id) return Pair{};
       const int64_t pair = a.order == nullptr ? p : a.order[p];

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[3]
 # Of each kernel a launch or two, since compute-sanitizer takes a hundred times as long.
 SANITIZED = (
     "cuda and (test_everything_at_once and ragged or test_rows_of_a_buffer or test_parts or "
-    "test_binary_sums or test_log_sums or test_targets_by_segments) or test_normalized_rows or "
-    "test_scattered or test_targets or test_an_update or test_distinct_ids or test_positions or test_hits"
+    "test_binary_sums or test_log_sums or test_targets_by_segments) or "
+    "test_normalized_rows or test_scattered or test_targets or test_an_update or "
+    "test_distinct_ids or test_positions or test_hits"
 )
 SANITIZED_FILES = ("tests/test_gpu_kernels.py", "tests/test_gpu_rows.py")
 # Each tensor its own allocation, so that whoever leaves it is seen.
