@@ -48,11 +48,11 @@ FLAGS = [
 ]
 # AddressSanitizer itself finds what the three others would.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,pointer-overflow"]
-# Compiling takes longer than running: no optimisation, and checks that are calls, halve it.
+# Compiling takes longer than running: little optimisation, and checks that are calls, halve it.
 CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 OF_VARIANT = {
-    "races": ["-O1", "-fsanitize=thread"],
-    "addresses": ["-O0", *SANITIZERS, "-fno-sanitize-recover=all", *CALLS],
+    "races": ["-Og", "-fsanitize=thread"],
+    "addresses": ["-Og", *SANITIZERS, "-fno-sanitize-recover=all", *CALLS],
 }
 TORCH = [
     *("-DTORCH_TARGET_VERSION=0x020d000000000000",),
@@ -174,7 +174,7 @@ def program(name: str, variant: str) -> Step:
 def library() -> Step:
     """What registers the ops of ``lossops_cuda`` for CPU tensors."""
     sources = [*sorted(CSRC.glob("cuda/*_ops.cpp")), HERE / "standin_ops.cpp"]
-    glue = (compiled(source, "-O1", *TORCH) for source in sources)
+    glue = (compiled(source, "-O0", *TORCH) for source in sources)
     paths = library_paths()
     found = (*(f"-L{path}" for path in paths), *(f"-Wl,-rpath,{path}" for path in paths))
     return Step(

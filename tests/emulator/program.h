@@ -3,6 +3,7 @@
 #pragma once
 
 #include <sanitizer/asan_interface.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,17 +19,32 @@
 
 namespace program {
 
-// n elements in an allocation of their own, whose bytes are all ones: NaN, or -1.
+// n elements in an allocation of their own, whose bytes are all ones: NaN, or -1. What has over a
+// gigabyte, for rows that are far apart, takes no memory until it is touched.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(malloc(n * sizeof(T)))), n_(n) {
-    memset(static_cast<void*>(data_), 0xff, n * sizeof(T));
+  explicit Buffer(int64_t n) : n_(n) {
+    if (is_huge()) {
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* const mapped = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, flags, -1, 0);
+      if (mapped == MAP_FAILED) throw std::runtime_error("no room for rows that are far apart");
+      data_ = static_cast<T*>(mapped);
+    } else {
+      data_ = static_cast<T*>(malloc(bytes()));
+      memset(static_cast<void*>(data_), 0xff, bytes());
+    }
   }
   Buffer(int64_t n, T value) : Buffer(n) {
     for (T& x : *this) x = value;
   }
-  ~Buffer() { free(data_); }
+  ~Buffer() {
+    if (is_huge()) {
+      munmap(data_, bytes());
+    } else {
+      free(data_);
+    }
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
@@ -37,11 +53,17 @@ class Buffer {
   T* begin() { return data_; }
   T* end() { return data_ + n_; }
   T& operator[](int64_t i) { return data_[i]; }
+  bool is_huge() const { return bytes() >> 30 > 0; }
 
  private:
+  size_t bytes() const { return n_ * sizeof(T); }
+
   T* data_;
   int64_t n_;
 };
+
+// Elements between rows so that some are 2^31 or more from the first of five.
+constexpr int64_t kFar = int64_t{1} << 29;
 
 // Rows that begin `skip` elements after 16 bytes and end `gap` before the next, the last with the
 // memory; only rows may be touched.
@@ -50,7 +72,7 @@ class Matrix {
  public:
   Matrix(int64_t rows, int64_t columns, int64_t skip, int64_t gap)
       : rows(rows), columns(columns), stride(columns + gap), skip_(skip), memory_(size()) {
-    if (rows == 0) return;
+    if (rows == 0 || memory_.is_huge()) return;
     ASAN_POISON_MEMORY_REGION(memory_.data(), skip * sizeof(T));
     for (T* end = data() + columns; end < memory_.end(); end += stride) {
       ASAN_POISON_MEMORY_REGION(end, gap * sizeof(T));

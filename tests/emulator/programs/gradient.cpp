@@ -165,12 +165,16 @@ void check(unsigned, const std::string&) {
       check_apart<float, __half>(shape, skip, 1, plain);
       check_apart<__nv_bfloat16, __nv_bfloat16>(shape, 8 - skip, 3, plain);
     }
+    // Several vectors a thread at once, of which only the first is ragged.
+    check_in_place<float, float>({2, 509, 1, 3}, plain);
     // Blocks of several warps; several tiles a thread, packed and not; several parts.
     check_in_place<float, float>({2, 300, 1, 0, 1, 1.5f}, plain);
     check_in_place<float, __half>({2, 1100, 3, 2}, plain);
     check_in_place<float, __nv_bfloat16>({2, 5000, 0, 0}, plain);
     check_in_place<__nv_bfloat16, __nv_bfloat16>({2, 1100, 1, 0}, plain, 3);
     check_apart<float, float>({2, 600, 1, 1}, 2, 0, plain, 3);
+    check_in_place<float, __half>({5, 21, 3, program::kFar}, plain);
+    check_apart<float, float>({5, 21, 1, program::kFar}, 0, program::kFar, plain);
     // One class; one row; more rows than a block has; no targets.
     check_in_place<float, __half>({4, 1, 3, 1}, plain);
     check_in_place<__half, __half>({1, 70, 5, 0, 3}, plain, 5);
@@ -178,6 +182,6 @@ void check(unsigned, const std::string&) {
 
     check_columns({19, 131, 1, 2, 2, -0.7f}, plain, true);
     check_columns({3, 256, 0, 0, 0}, plain, false);
-    check_columns({1, 1, 3, 0}, plain, false);
+    check_columns({5, 1, 3, program::kFar}, plain, false);
   }
 }

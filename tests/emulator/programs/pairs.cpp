@@ -140,11 +140,11 @@ void check(unsigned, const std::string&) {
   }
   // A block of several warps; several tiles a thread; one class; no targets.
   for (const Shape& shape : {Shape{2, 602, 1, 1, 1, 1.5f}, Shape{1, 5000, 3}, Shape{2, 1, 2, 0, 1},
-                             Shape{1, 40, 0, 0, 0}}) {
+                             Shape{5, 9, 1, program::kFar}, Shape{1, 40, 0, 0, 0}}) {
     check_all<float>(shape);
     check_all<__nv_bfloat16>(shape);
   }
   check_columns({19, 131, 1, 2, 2, -0.7f});
   check_columns({3, 256, 0, 0, 0, 1.5f});
-  check_columns({1, 1, 3});
+  check_columns({5, 1, 3, program::kFar});
 }

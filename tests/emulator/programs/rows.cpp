@@ -63,5 +63,6 @@ void check(unsigned, const std::string&) {
   check_rows<__half>(1048, 0, 0, 2);
   check_rows<__nv_bfloat16>(8300, 3, 1, 3);
   check_rows<float>(4200, 0, 0, 2);
+  check_rows<__half>(8, 0, program::kFar);
   normalized_rows({Dtype::kFloat, 0, 0, 8, {}, nullptr, 1.0f, {}, nullptr}, nullptr);
 }

@@ -129,6 +129,10 @@ void check(unsigned, const std::string&) {
       check_statistics<__nv_bfloat16>(kept, {2, 530, skip, 9 - skip, 3, 1.5f});
     }
     check_statistics<float>(kept, {2, 1200, 0, 0, 2}, 3, false);
+    // Several vectors a thread at once, of which only the first is ragged; parts that end within.
+    check_statistics<float>(kept, {2, 509, 1, 3});
+    check_statistics<float>(kept, {1, 6404, 0, 0}, 2);
+    check_statistics<float>(kept, {5, 21, 1, program::kFar});
     // More parts than vectors; one class, which may be the target; one row; more rows than warps.
     check_statistics<__half>(kept, {1, 33, 5, 0, 2, 1.0f}, 7);
     check_statistics<float>(kept, {5, 1, 3, 2});
