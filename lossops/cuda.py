@@ -114,18 +114,7 @@ def chunk_gradient(
     first_class: int = 0,
     num_classes: int | None = None,
 ) -> None:
-    """dr (N, n) of products in memory into ``out``, which may be the memory of the products.
-
-    Args:
-        logits: of the classes from ``first_class`` on.
-        spec: targets among all classes; class vector and teacher of these classes.
-        out: (N, n) of any dtype with dense rows; a half-precision view of the first half of each
-            row of the products is written behind what is read.
-        at_target: (N, K) dr at the targets; 0 where None.
-        unit: () what dr is multiplied by before it is rounded.
-        first_class: the class of column 0.
-        num_classes: V; None for n.
-    """
+    """dr (N, n) of products in memory into ``out``: `lossops.gpu_linear.Kernels`."""
     r = logits.r
     if r.numel() == 0:
         return

@@ -37,8 +37,13 @@ class Kernels:
     Attributes:
         statistics: (logits, target, class_vector, teacher, names) -> statistics in the order of
             ``outputs(names)``.
-        gradient: (logits, spec, out, at_target, unit, first_class, num_classes): dr into out,
-            which may be the memory of the products.
+        gradient: (logits, spec, out, at_target, unit, first_class, num_classes): dr (N, n) into
+            ``out``, of any dtype with dense rows, which may be the memory of the products: a
+            half-precision view of the first half of each row is written behind what is read.
+            ``logits`` are those of the classes from ``first_class`` on of ``num_classes`` (None for
+            n), as are class vector and teacher of ``spec``; its targets are among all classes.
+            ``at_target`` (N, K): dr there, 0 where None. ``unit`` (): what dr is multiplied by
+            before it is rounded.
         column_sums: (logits, spec, db, accumulate, first_class, num_classes): Σ over rows of dr.
         add_targets: (dx, dw, db, x, scale, w, target, value): the targets' part.
     """
