@@ -32,7 +32,7 @@ from lossops.gpu_linear import Kernels, LinearPrimitives, linear_products
 from lossops.gpu_pairs import PairKernels, PairPrimitives
 
 # As in csrc/cuda/{state,logits}.h.
-ONE_LOG_SUM, FOUR_LOG_SUMS, MOST_LOG_SUMS, MOST_SLOPES, STATE_WORDS = 4096, 8192, 4, 8, 32
+ONE_LOG_SUM, FOUR_LOG_SUMS, MOST_LOG_SUMS, MOST_SLOPES, STATE_WORDS = 4096, 8192, 4, 16, 32
 PART = 4096  # logits, 16 for each thread of a block
 KINDS = ("sigmoid", "hinge", "gumbel", "asymmetric")
 

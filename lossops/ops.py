@@ -77,6 +77,11 @@ def _primitives(backend: str, x: Tensor) -> ModuleType:
     return backends.select(backend, x.device, x.dtype).primitives()
 
 
+def _apart(found: list[Tensor]) -> list[Tensor]:
+    """Tensors that share no memory, which results of an op may not; a kernel's are rows of one."""
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in found]
+
+
 def check_target(target: Tensor | None, num_classes: int) -> None:
     """Raise an IndexError for ids outside [-1, V) of a CPU tensor; other devices are not synced."""
     if target is None or target.device.type != "cpu" or not target.numel():
@@ -105,8 +110,7 @@ def _linear_statistics(
 ) -> list[Tensor]:
     check_target(target, w.shape[0])
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-    found: list[Tensor] = _primitives(backend, x).linear_statistics(*head)
-    return found
+    return _apart(_primitives(backend, x).linear_statistics(*head))
 
 
 def _linear_gradient(
@@ -193,10 +197,8 @@ def _logits_statistics(
     backend: str,
 ) -> list[Tensor]:
     check_target(target, logits.shape[1])
-    found: list[Tensor] = _primitives(backend, logits).logits_statistics(
-        logits, target, class_vector, teacher, names
-    )
-    return found
+    primitives = _primitives(backend, logits)
+    return _apart(primitives.logits_statistics(logits, target, class_vector, teacher, names))
 
 
 def _logits_gradient(

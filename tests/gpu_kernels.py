@@ -164,6 +164,14 @@ def test_each_statistic_and_its_term(module: Any, name: str) -> None:
     check(module, case, ("statistics",))
 
 
+def test_many_log_sums(module: Any) -> None:
+    """More than a kernel keeps at once; temperatures around 1, limits around 0."""
+    temperatures = [f"lse@{t}" for t in (0.1, 0.5, 1, 2, 3, 4, 5)]
+    limits = [f"lse<{t}" for t in (-1, 0, 0.5, 2, 100)]
+    names = canonical(("target", "lse", *temperatures, *limits))
+    check(module, Case(2, 5, 41, 2, torch.float32, names=names, bias=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits(module: Any, dtype: torch.dtype) -> None:
     """Rows of logits at any boundary, dz out of place, in place, at another boundary, strided."""

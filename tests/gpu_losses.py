@@ -189,6 +189,19 @@ def test_losses_of_the_catalogue(backend: str, device: torch.device, name: str) 
         assert_no_worse(f"{name} {what}", one, same, true)
 
 
+def test_results_of_an_op_share_no_memory(backend: str) -> None:
+    x, w, _, y = make_inputs(N, V, D, torch.float32)
+    names = ["target", "lse", "entropy", "max"]
+    ids = y.unsqueeze(1)
+    none = (None, None, names, backend)
+    for found in (
+        torch.ops.lossops.linear_statistics(x, w, None, None, 0.0, ids, *none),
+        torch.ops.lossops.logits_statistics(x @ w.T, ids, *none),
+    ):
+        memory = {t.untyped_storage().data_ptr() for t in found}
+        assert len(memory) == len(found)
+
+
 def test_scores_that_have_no_gradient(backend: str, device: torch.device) -> None:
     x, w, b, _ = (t.to(device) for t in make_inputs(N, V, D, torch.float32))
 

@@ -8,10 +8,6 @@ namespace {
 
 bool* flags(const char* name, const Tensor& t) { return data<bool>(name, t, ScalarType::Bool); }
 
-void check_size(const char* name, const Tensor& t, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
-}
-
 template <typename Draw>
 void draw_into(const Draw& one, const Tensor& ids_) {
   const OnDevice device(ids_);

@@ -77,7 +77,7 @@ struct GradientRows {
   const float* c_extreme[3];
 };
 
-constexpr int kMostSlopes = 8;
+constexpr int kMostSlopes = 16;
 
 struct LogSumSlopes {
   int count = 0;

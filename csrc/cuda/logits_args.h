@@ -18,8 +18,8 @@ inline Logits logits_of(const Tensor& r, const MaybeTensor& scale, const MaybeTe
           .stride = r.stride(0),
           .rows = r.size(0),
           .classes = static_cast<int>(r.size(1)),
-          .scale = floats("scale", scale),
-          .b = floats("b", b),
+          .scale = floats("scale", scale, 1),
+          .b = floats("b", b, r.size(1)),
           .softcap = static_cast<float>(softcap)};
 }
 
@@ -31,7 +31,7 @@ inline Sides sides_of(const Tensor& r, const MaybeTensor& target, const MaybeTen
     sides.targets = ids("target", target);
     sides.num_targets = static_cast<int>(target->size(1));
   }
-  sides.class_vector = floats("class_vector", class_vector);
+  sides.class_vector = floats("class_vector", class_vector, r.size(1));
   if (teacher.has_value()) {
     check_rows("teacher", *teacher, r.size(0), r.size(1));
     sides.teacher = teacher->data_ptr();

@@ -37,9 +37,10 @@ void statistics(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b,
   }
   call.values = floats("values", values);
   call.ids = ids("ids", numbers);
-  call.at_target = floats("at_target", at_target);
+  call.at_target = floats("at_target", at_target, r.size(0) * call.sides.num_targets);
   check_rows("values", values, kValueRows + call.log_sums.count, r.size(0));
   check_rows("ids", numbers, 3, r.size(0));
+  check_devices(r, scale, b, target, class_vector, teacher, states, values, numbers, at_target);
   const OnDevice device(r);
   logits_statistics(call, device.stream());
   check_launch("logits_statistics");
@@ -58,8 +59,8 @@ GradientCall gradient_call(const Tensor& r, const MaybeTensor& scale, const Mayb
   GradientCall call;
   call.logits = logits_of(r, scale, b, softcap);
   call.sides = sides_of(r, target, class_vector, teacher);
-  auto s = [&](int k) { return floats("a statistic", statistics[k]); };
-  auto c = [&](int k) { return floats("a coefficient", coefficients[k]); };
+  auto s = [&](int k) { return floats("a statistic", statistics[k], r.size(0)); };
+  auto c = [&](int k) { return floats("a coefficient", coefficients[k], r.size(0)); };
   call.rows = {.shift = s(0),
                .lse = s(1),
                .mean = s(2),
@@ -77,8 +78,11 @@ GradientCall gradient_call(const Tensor& r, const MaybeTensor& scale, const Mayb
                .extreme = {},
                .c_extreme = {}};
   for (int k = 0; k < 3; ++k) {
+    check_size("the id of an extreme", statistics[5 + k], r.size(0));
     call.rows.extreme[k] = ids("the id of an extreme", statistics[5 + k]);
     call.rows.c_extreme[k] = c(9 + k);
+    STD_TORCH_CHECK(!coefficients[9 + k].has_value() || statistics[5 + k].has_value(),
+                    "an extreme with a coefficient needs its id");
   }
   static constexpr unsigned kTerms[] = {kSoftmax, kEntropy, kVariance, kSoftplus, kStable,
                                         kAverage, kMoment,  kVector,   kTeacher};
@@ -90,9 +94,11 @@ GradientCall gradient_call(const Tensor& r, const MaybeTensor& scale, const Mayb
     STD_TORCH_CHECK(at < kMostSlopes, "at most ", kMostSlopes, " log-sums with a coefficient");
     call.log_sums.temperature[at] = static_cast<float>(temperatures[k]);
     call.log_sums.limit[at] = static_cast<float>(limits[k]);
-    call.log_sums.lse[at] = floats("a log-sum", log_statistics[k]);
-    call.log_sums.coefficient[at] = floats("a coefficient", log_coefficients[k]);
+    call.log_sums.lse[at] = floats("a log-sum", log_statistics[k], r.size(0));
+    call.log_sums.coefficient[at] = floats("a coefficient", log_coefficients[k], r.size(0));
   }
+  STD_TORCH_CHECK(statistics[0].has_value(), "a gradient needs the shift of its rows");
+  STD_TORCH_CHECK(!(call.terms & kTeacher) || teacher.has_value(), "no teacher");
   call.first_class = first_class;
   call.num_classes = num_classes;
   call.at_target = nullptr;
@@ -113,8 +119,8 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
                                     coefficients, temperatures, limits, log_statistics,
                                     log_coefficients, first_class, num_classes);
   check_rows("out", out, r.size(0), r.size(1));
-  call.at_target = floats("at_target", at_target);
-  call.unit = floats("unit", unit);
+  call.at_target = floats("at_target", at_target, r.size(0) * call.sides.num_targets);
+  call.unit = floats("unit", unit, 1);
   call.out = out.data_ptr();
   call.out_dtype = dtype_of("out", out);
   call.out_stride = out.stride(0);
@@ -122,6 +128,7 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
   STD_TORCH_CHECK(
       call.logits.dtype == call.out_dtype || (call.logits.dtype == Dtype::kFloat && parts == 1),
       "out must have the dtype of r, or be half precision of float32 in one part");
+  check_devices(r, scale, b, target, class_vector, teacher, at_target, unit, out);
   const OnDevice device(r);
   logits_gradient(call, device.stream());
   check_launch("logits_gradient");
@@ -134,12 +141,10 @@ void columns(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, do
              const MaybeTensors& log_coefficients, int64_t first_class, int64_t num_classes,
              bool accumulate, const Tensor& db) {
   STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float, "products must be float32");
-  STD_TORCH_CHECK(db.numel() == r.size(1), "db must have ", r.size(1), " elements, got ",
-                  db.numel());
   const ColumnsCall call{gradient_call(r, scale, b, softcap, target, class_vector, teacher,
                                        statistics, coefficients, temperatures, limits,
                                        log_statistics, log_coefficients, first_class, num_classes),
-                         floats("db", db), accumulate};
+                         floats("db", db, r.size(1)), accumulate};
   const OnDevice device(r);
   column_sums(call, device.stream());
   check_launch("column_sums");

@@ -37,11 +37,12 @@ void binary_op(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b,
                         .p = static_cast<float>(p),
                         .q = static_cast<float>(q),
                         .detached = detached,
-                        .factor = floats("factor", factor),
-                        .sums = floats("sums", sums),
+                        .factor = floats("factor", factor, r.size(0)),
+                        .sums = floats("sums", sums, r.size(0)),
                         .out = to.data,
                         .out_dtype = to.dtype,
                         .out_stride = to.stride};
+  check_devices(r, scale, b, target, weight, factor, sums, out);
   const OnDevice device(r);
   binary(call, device.stream());
   check_launch("binary");
@@ -51,7 +52,8 @@ void pair_columns_op(const Tensor& r, const MaybeTensor& scale, const MaybeTenso
                      const Tensor& shift, const Tensor& lse) {
   const PairColumnsCall call{products_of(r, scale, std::nullopt),
                              sides_of(r, target, std::nullopt, std::nullopt),
-                             floats("shift", shift), floats("lse", lse)};
+                             floats("shift", shift, r.size(1)), floats("lse", lse, r.size(1))};
+  check_devices(r, scale, target, shift, lse);
   const OnDevice device(r);
   pair_columns(call, device.stream());
   check_launch("pair_columns");
@@ -64,15 +66,17 @@ void pair_gradient_op(const Tensor& r, const MaybeTensor& scale, const MaybeTens
   const Out to = out_of(out, r);
   const PairGradientCall call{.logits = products_of(r, scale, std::nullopt),
                               .sides = sides_of(r, target, std::nullopt, std::nullopt),
-                              .row_shift = floats("row_shift", row_shift),
-                              .row_lse = floats("row_lse", row_lse),
-                              .c_row = floats("c_row", c_row),
-                              .column_shift = floats("column_shift", column_shift),
-                              .column_lse = floats("column_lse", column_lse),
-                              .c_column = floats("c_column", c_column),
+                              .row_shift = floats("row_shift", row_shift, r.size(0)),
+                              .row_lse = floats("row_lse", row_lse, r.size(0)),
+                              .c_row = floats("c_row", c_row, r.size(0)),
+                              .column_shift = floats("column_shift", column_shift, r.size(1)),
+                              .column_lse = floats("column_lse", column_lse, r.size(1)),
+                              .c_column = floats("c_column", c_column, r.size(1)),
                               .out = to.data,
                               .out_dtype = to.dtype,
                               .out_stride = to.stride};
+  check_devices(r, scale, target, row_shift, row_lse, c_row, column_shift, column_lse, c_column,
+                out);
   const OnDevice device(r);
   pair_gradient(call, device.stream());
   check_launch("pair_gradient");

@@ -23,10 +23,6 @@ Rows rows_like(const char* name, const Tensor& t, int64_t rows, const Tensor& ta
   return rows_of(name, t, rows, table.size(1), table.scalar_type());
 }
 
-void check_size(const char* name, const Tensor& t, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == size, name, " must have ", size, " elements, got ", t.numel());
-}
-
 void normalized_rows_op(const Tensor& table, const Tensor& ids_, double eps, const Tensor& rows,
                         const Tensor& norms) {
   check_devices(table, ids_, rows, norms);

@@ -79,8 +79,18 @@ T* data(const char* name, const MaybeTensor& t, ScalarType dtype) {
   return static_cast<T*>(t->data_ptr());
 }
 
+inline void check_size(const char* name, const MaybeTensor& t, int64_t size) {
+  if (!t.has_value()) return;
+  STD_TORCH_CHECK(t->numel() == size, name, " must have ", size, " elements, got ", t->numel());
+}
+
 inline float* floats(const char* name, const MaybeTensor& t) {
   return data<float>(name, t, ScalarType::Float);
+}
+
+inline float* floats(const char* name, const MaybeTensor& t, int64_t size) {
+  check_size(name, t, size);
+  return floats(name, t);
 }
 
 inline int64_t* ids(const char* name, const MaybeTensor& t) {

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
+import torch
 from fixtures import built, emulator, loaded
 from gpu_kernels import *  # noqa: F403
 
@@ -38,3 +39,71 @@ def shuffled(
         emulator(0)
 
     return shuffled
+
+
+def of(values: torch.Tensor, **changed: Any) -> dict[str, Any]:
+    """Arguments of logits_statistics for four rows of eight logits, some of them changed."""
+    fitting: dict[str, Any] = {
+        "r": values, "scale": None, "b": None, "softcap": 0.0, "target": None, "class_vector": None,
+        "teacher": None, "kept": 1, "temperatures": [], "limits": [], "parts": 1, "states": None,
+        "values": torch.empty(13, 4), "ids": torch.empty(3, 4, dtype=torch.int64),
+        "at_target": None,
+    }  # fmt: skip
+    return {**fitting, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"b": torch.ones(3)}, "b must have 8 elements, got 3"),
+        ({"class_vector": torch.ones(9)}, "class_vector must have 8 elements, got 9"),
+        ({"scale": torch.ones(2)}, "scale must have 1 elements, got 2"),
+        ({"b": torch.ones(8).double()}, "b must be Float without holes, got Double"),
+        (
+            {"values": torch.empty(12, 4)},
+            r"values must have shape \(13, 4\), got 2 dims, ",
+        ),
+        ({"parts": 2}, "states must have"),
+        ({"temperatures": [1.0] * 5, "limits": [1.0] * 5}, "at most 4 log-sums, got 5"),
+        (
+            {"target": torch.zeros(4, 2).long(), "at_target": torch.empty(4, 1)},
+            "at_target must have 8 elements, got 4",
+        ),
+    ],
+)
+def test_statistics_refuse_what_does_not_fit(
+    loaded: Any, changed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.lossops_cuda.logits_statistics(**of(torch.randn(4, 8), **changed))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (7, [None] * 8, "a gradient needs the shift of its rows"),
+        (
+            7,
+            [torch.zeros(4), torch.zeros(2), *[None] * 6],
+            "a statistic must have 4 elements, got 2",
+        ),
+        (8, [torch.zeros(3), *[None] * 11], "a coefficient must have 4 elements, got 3"),
+        (8, [*[None] * 8, torch.zeros(4), *[None] * 3], "no teacher"),
+        (
+            8,
+            [*[None] * 9, torch.zeros(4), None, None],
+            "an extreme .* needs its id",
+        ),
+        (18, torch.empty(4, 8).double(), "out must be float32, float16 or bfloat16"),
+        (18, torch.empty(4, 9), r"out must have shape \(4, 8\)"),
+    ],
+)
+def test_gradients_refuse_what_does_not_fit(loaded: Any, at: int, value: Any, said: str) -> None:
+    arguments = [
+        torch.randn(4, 8), None, None, 0.0, None, None, None,
+        [torch.zeros(4), torch.zeros(4), *[None] * 6], [torch.zeros(4), *[None] * 11],
+        [], [], [], [], 0, 8, None, None, 1, torch.empty(4, 8),
+    ]  # fmt: skip
+    arguments[at] = value
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.lossops_cuda.logits_gradient(*arguments)
