@@ -63,6 +63,7 @@ void check(unsigned, const std::string&) {
     check_rows<float>(24, {2, 0, only});
     check_rows<__half>(24, {0, 4, only});
   }
+  check_rows<float>(25, {0, 3});  // rows on 16 bytes that end within a vector
   check_rows<__nv_bfloat16>(8);
   check_rows<float>(1, {3, 0}, 1);
   check_rows<float>(136, {0, 4});

@@ -170,6 +170,9 @@ void check(unsigned seed, const std::string&) {
     check_tables<float>(9, 12, {2, 0, only});
     check_tables<float>(9, 12, {0, 2, only});
   }
+  // Rows on 16 bytes that end within a vector.
+  check_targets<float>(9, 1, 13, {0, 3});
+  check_tables<float>(9, 13, {0, 3});
   check_targets<float>(400, 2, 132);
   check_targets<float>(12, 1, 8, {0, program::kFar});
   check_targets<__half>(71, 1, 5);
