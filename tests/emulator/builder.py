@@ -51,7 +51,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,po
 # Compiling takes longer than running: little optimisation, and checks that are calls, halve it.
 CALLS = ["--param", "asan-instrumentation-with-call-threshold=0"]
 OF_VARIANT = {
-    "races": ["-Og", "-fsanitize=thread"],
+    "races": ["-O1", "-fsanitize=thread"],
     "addresses": ["-Og", *SANITIZERS, "-fno-sanitize-recover=all", *CALLS],
 }
 TORCH = [

@@ -94,6 +94,19 @@ class Matrix {
   Buffer<T> memory_;
 };
 
+// Where the matrices of a call begin and how far apart their rows are: all of them, or number
+// `only` of those that are made while the others lie on 16 bytes.
+struct Places {
+  int64_t skip = 0, gap = 0;
+  int only = -1, made = 0;
+
+  template <typename T, typename... Value>
+  Matrix<T> matrix(int64_t rows, int64_t columns, Value... value) {
+    const bool here = made++ == only || only < 0;
+    return Matrix<T>(rows, columns, here ? skip : 0, here ? gap : 0, value...);
+  }
+};
+
 // The Dtype of a type.
 template <typename T>
 constexpr lossops::Dtype kDtype = lossops::Dtype::kFloat;

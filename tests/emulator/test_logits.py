@@ -41,10 +41,10 @@ def shuffled(
     return shuffled
 
 
-def of(values: torch.Tensor, **changed: Any) -> dict[str, Any]:
+def of(r: torch.Tensor, **changed: Any) -> dict[str, Any]:
     """Arguments of logits_statistics for four rows of eight logits, some of them changed."""
     fitting: dict[str, Any] = {
-        "r": values, "scale": None, "b": None, "softcap": 0.0, "target": None, "class_vector": None,
+        "r": r, "scale": None, "b": None, "softcap": 0.0, "target": None, "class_vector": None,
         "teacher": None, "kept": 1, "temperatures": [], "limits": [], "parts": 1, "states": None,
         "values": torch.empty(13, 4), "ids": torch.empty(3, 4, dtype=torch.int64),
         "at_target": None,

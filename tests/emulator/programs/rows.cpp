@@ -9,12 +9,13 @@ using program::Buffer;
 using program::expect_near;
 using program::kDtype;
 using program::Matrix;
+using program::Places;
 
 template <typename T>
-void check_rows(int width, int64_t skip, int64_t gap, int64_t count = 9) {
+void check_rows(int64_t width, Places places = {}, int64_t count = 9) {
   constexpr int64_t kClasses = 5;
-  Matrix<T> table(kClasses, width, skip, gap), unit(count, width, gap, skip);
-  Matrix<T> gradient(count, width, skip, skip), found(count, width, gap, gap);
+  auto table = places.matrix<T>(kClasses, width), unit = places.matrix<T>(count, width);
+  auto gradient = places.matrix<T>(count, width), found = places.matrix<T>(count, width);
   Buffer<float> norms(count);
   Buffer<int64_t> ids(count);
   fill_normal(table);
@@ -54,15 +55,21 @@ void check_rows(int width, int64_t skip, int64_t gap, int64_t count = 9) {
 
 void check(unsigned, const std::string&) {
   for (int64_t skip = 0; skip < 8; ++skip) {
-    check_rows<float>(24 + skip % 4, skip, 8 - skip);
-    check_rows<__half>(16 + skip, skip, 8 - skip);
+    check_rows<float>(24 + skip % 4, {skip, 8 - skip});
+    check_rows<__half>(16 + skip, {skip, 8 - skip});
   }
-  check_rows<__nv_bfloat16>(8, 0, 0);
-  check_rows<float>(1, 3, 0, 1);
-  check_rows<float>(136, 0, 4);
-  check_rows<__half>(1048, 0, 0, 2);
-  check_rows<__nv_bfloat16>(8300, 3, 1, 3);
-  check_rows<float>(4200, 0, 0, 2);
-  check_rows<__half>(8, 0, program::kFar);
+  // Whole vectors, but for one matrix that begins, or whose rows begin, half a vector later.
+  for (int only = 0; only < 4; ++only) {
+    check_rows<float>(24, {2, 0, only});
+    check_rows<__half>(24, {0, 4, only});
+  }
+  check_rows<float>(25, {0, 3});  // rows on 16 bytes that end within a vector
+  check_rows<__nv_bfloat16>(8);
+  check_rows<float>(1, {3, 0}, 1);
+  check_rows<float>(136, {0, 4});
+  check_rows<__half>(1048, {}, 2);
+  check_rows<__nv_bfloat16>(8300, {3, 1}, 3);
+  check_rows<float>(4200, {}, 2);
+  check_rows<__half>(8, {0, program::kFar});
   normalized_rows({Dtype::kFloat, 0, 0, 8, {}, nullptr, 1.0f, {}, nullptr}, nullptr);
 }
