@@ -12,7 +12,7 @@ using program::Matrix;
 using program::Places;
 
 template <typename T>
-void check_rows(int64_t width, Places places = {}, int64_t count = 9) {
+void check_rows(int width, Places places = {}, int64_t count = 9) {
   constexpr int64_t kClasses = 5;
   auto table = places.matrix<T>(kClasses, width), unit = places.matrix<T>(count, width);
   auto gradient = places.matrix<T>(count, width), found = places.matrix<T>(count, width);
