@@ -18,12 +18,10 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
-#include <algorithm>
 #include <bit>
 #include <concepts>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 
 #undef __constant__
@@ -50,10 +48,9 @@ namespace cuda_emulator {
 
 constexpr unsigned kWarp = 32;
 
-// Ends the launch: what the running thread does is a fault, at the code that called or at `code`.
-// May not throw, since the compiler believes that of the calls which -fsanitize=thread inserts.
+// Ends the launch: what the running thread does is a fault, at the code that called. May not throw,
+// since the compiler believes that of the calls which -fsanitize=thread inserts.
 [[noreturn]] void fail(const char* what);
-[[noreturn]] void fail_at(const void* code, const std::string& what);
 
 // One number of an index: unsigned, as in CUDA, but its sums and products may not wrap. C++ lets
 // unsigned numbers wrap, so no sanitizer sees `blockIdx.x * columns` do it.

@@ -8,6 +8,13 @@
 
 #include "cuda_emulator.h"
 
+namespace cuda_emulator {
+
+// As `fail`, at this code.
+[[noreturn]] void fail_at(const void* code, const std::string& what);
+
+}  // namespace cuda_emulator
+
 namespace cuda_emulator::races {
 
 // A launch begins; what lies in [ignored, ignored + bytes) is private to its threads.
