@@ -52,7 +52,7 @@ def compiling(
     before = os.environ.get("TRITON_CACHE_DIR")
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     specs = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    wanted = [(one["case"], one["architecture"]) for one in specs if "architecture" in one]
+    wanted = [(one["case"], one["architecture"]) for one in specs if "case" in one]
     with Compilers() as compilers:
         yield {pair: compilers.start(*pair) for pair in wanted}
         compilers.shutdown(cancel_futures=True)
