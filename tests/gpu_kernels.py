@@ -310,6 +310,19 @@ def test_minus_infinity(module: Any, names: tuple[str, ...], dtype: torch.dtype)
     check(module, case)
 
 
+@pytest.mark.parametrize("name", ["sum", "weighted_sum", "teacher"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_logits_reach_sums_over_all_classes(
+    module: Any, name: str, value: float
+) -> None:
+    """As they are, not as NaN; a factor below 0 turns them round."""
+    z, a, teacher = torch.randn(3, 700), torch.rand(700), torch.rand(3, 700)
+    z[0, 500], z[1, 0], a[0] = value, value, -1.0
+    want = reference.logits_statistics(z, None, a, teacher, (name,))
+    found = module.logits_statistics(z, None, a, teacher, (name,))
+    torch.testing.assert_close(found[1], want[1], rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("names", [("target", "lse", "entropy", "max", "lse@2"), PLAIN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_negatives(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> None:
