@@ -5,6 +5,9 @@
 // what is not of the row, and are read one by one. No element is read twice.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/logits.h"
 #include "cuda/state.h"
@@ -54,13 +57,19 @@ struct Row {
 template <int kSize, typename Out>
 __device__ __forceinline__ void store(Out* out, int at, const float* value, unsigned there,
                                       bool whole) {
-  struct alignas(kSize * sizeof(Out)) Packed {
-    Out element[kSize];
-  };
+  using Packed = std::conditional_t<kSize * sizeof(Out) == 16, uint4, uint2>;
+  static_assert(kSize * sizeof(Out) == sizeof(Packed));
   if (whole && there == (1u << kSize) - 1) {
+    Out rounded[kSize];
+    for (int i = 0; i < kSize; ++i) rounded[i] = from_float<Out>(value[i]);
     Packed packed;
-    for (int i = 0; i < kSize; ++i) packed.element[i] = from_float<Out>(value[i]);
-    *reinterpret_cast<Packed*>(out + at) = packed;
+    memcpy(&packed, rounded, sizeof packed);
+    Packed* to = reinterpret_cast<Packed*>(out + at);
+#ifdef __CUDA_ARCH__
+    __stwb(to, packed);  // an assignment would be compiled to a store of each element or word
+#else
+    *to = packed;
+#endif
     return;
   }
   for (int i = 0; i < kSize; ++i) {
