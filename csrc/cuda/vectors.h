@@ -89,7 +89,8 @@ __device__ __forceinline__ float element(const void* data, Dtype dtype, int64_t 
   }
 }
 
-// z of products r.
+// z of products r. Nothing is fused: every kernel must find the same bits, or statistics and
+// gradients, targets and negatives, would be of different logits.
 struct LogitMap {
   float scale, softcap;
   const float* b;
@@ -102,9 +103,11 @@ struct LogitMap {
   // In place of the products of a tile, where a branch costs least.
   template <int kTile, int kVector>
   __device__ __forceinline__ void apply(Tile<kTile, kVector>& tile) const {
-    for (int i = 0; i < kTile; ++i) tile.z[i] *= scale;
+    for (int i = 0; i < kTile; ++i) tile.z[i] = __fmul_rn(tile.z[i], scale);
     if (b != nullptr) {
-      for (int i = 0; i < kTile; ++i) tile.z[i] += tile.is_valid(i) ? b[tile.id(i)] : 0.0f;
+      for (int i = 0; i < kTile; ++i) {
+        tile.z[i] = __fadd_rn(tile.z[i], tile.is_valid(i) ? b[tile.id(i)] : 0.0f);
+      }
     }
     if (softcap != 0) {
       for (int i = 0; i < kTile; ++i) tile.z[i] = lossops::softcap(tile.z[i], softcap);
@@ -112,7 +115,7 @@ struct LogitMap {
   }
 
   __device__ __forceinline__ float of(float r, int id) const {
-    const float z = b == nullptr ? r * scale : r * scale + b[id];
+    const float scaled = __fmul_rn(r, scale), z = b == nullptr ? scaled : __fadd_rn(scaled, b[id]);
     return softcap == 0 ? z : lossops::softcap(z, softcap);
   }
 };
