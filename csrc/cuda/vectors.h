@@ -29,6 +29,13 @@ struct Row {
 
   __device__ __forceinline__ int first(int vector) const { return vector * kSize - offset; }
 
+  // Vectors of each of `parts` parts, the last of which may have fewer: at most 2^28 and 2^16, and
+  // a division of 64 bits is a call.
+  __device__ __forceinline__ int per_part(int parts) const {
+    return static_cast<int>(static_cast<unsigned>(vectors + parts - 1) /
+                            static_cast<unsigned>(parts));
+  }
+
   // Whether all elements of a vector are of the row.
   __device__ __forceinline__ bool is_whole(int vector) const {
     return first(vector) >= 0 && first(vector) + kSize <= classes;
