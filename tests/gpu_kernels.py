@@ -218,6 +218,22 @@ def test_any_layout(module: Any, dtype: torch.dtype) -> None:
             torch.testing.assert_close(other[key], one[key], rtol=2e-6, atol=2e-6, msg=key)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_teachers_of_any_dtype(module: Any, dtype: torch.dtype) -> None:
+    """As in the reference: what the kernels do not read is converted."""
+    z, teacher = torch.randn(3, 40), torch.randint(0, 2, (3, 40))
+    runs = []
+    for taught in (teacher.float(), teacher.to(dtype)):
+        found = module.logits_statistics(z, None, None, taught, ("teacher",))
+        dz = torch.empty_like(z)
+        module.logits_gradient(
+            z, None, None, taught, ("teacher",), found, [None, torch.ones(3)], dz
+        )
+        runs.append([*found, dz])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
 def far_rows(t: Tensor, huge: np.ndarray) -> Tensor:
     """The rows of t more than 2^31 / N elements apart, in memory that takes none."""
     step = (2**31 // (t.shape[0] - 1) + 16) // 16 * 16
