@@ -312,7 +312,19 @@ def test_targets_by_segments(kernels: Kernels, dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
 
 
-# Values: infinities, NaN, offsets.
+# Values: infinities, NaN, offsets, coefficients.
+
+
+@pytest.mark.parametrize("power", [-140, -120, 126])
+def test_tiny_and_huge_coefficients_in_float16(module: Any, power: int) -> None:
+    """The power of two that dr is multiplied by is a number, whatever the coefficients."""
+    case = Case(3, 8, 50, 1, torch.float16, names=("target", "lse"))
+    plain = case.chunk(module, padding=2)
+    case.coefficients = [None if c is None else c * 2.0**power for c in case.coefficients]
+    for name in ("dx", "dw"):
+        found = case.chunk(module, padding=2)[name].double() * 2.0**-power
+        largest = float(plain[name].abs().max())
+        assert (found - plain[name]).abs().max() <= (0.2 if power == -140 else 1e-4) * largest
 
 
 @pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
@@ -328,9 +340,7 @@ def test_minus_infinity(module: Any, names: tuple[str, ...], dtype: torch.dtype)
 
 @pytest.mark.parametrize("name", ["sum", "weighted_sum", "teacher"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_infinite_logits_reach_sums_over_all_classes(
-    module: Any, name: str, value: float
-) -> None:
+def test_infinite_logits_reach_sums_over_all_classes(module: Any, name: str, value: float) -> None:
     """As they are, not as NaN; a factor below 0 turns them round."""
     z, a, teacher = torch.randn(3, 700), torch.rand(700), torch.rand(3, 700)
     z[0, 500], z[1, 0], a[0] = value, value, -1.0
