@@ -439,7 +439,8 @@ class _Task(NamedTuple):
         smooth = lse = taught = nll = teacher = ids = None
         if eps:
             smooth = each * eps if a is None else each * (eps / v)
-            lse = smooth if a is None else smooth * a.sum()
+            # A tensor of its own: a compiler takes no tensor twice.
+            lse = each * eps if a is None else smooth * a.sum()
         if target.is_floating_point():
             teacher = _probabilities(target, lead, v, ignore_index)
             total = teacher_sums(teacher, a, ones.dtype)

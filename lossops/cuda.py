@@ -27,6 +27,7 @@ from lossops.gpu_layout import (
     log_sums,
     no_columns,
     parts_of,
+    readable,
 )
 from lossops.gpu_linear import Kernels, LinearPrimitives, linear_products
 from lossops.gpu_pairs import PairKernels, PairPrimitives
@@ -65,7 +66,7 @@ def chunk_statistics(
     ids = no_columns(target)
     if ids is None and kept.at_target is not None:
         kept.at_target.fill_(-torch.inf)
-    taught = None if teacher is None or "teacher" not in names else dense_rows(teacher)
+    taught = None if teacher is None or "teacher" not in names else readable(teacher)
     vector = class_vector if "weighted_sum" in names or taught is not None else None
     parts, sums, wanted, values = _parts(r), log_sums(names), bits(names), kept.values
     states = r.new_empty(parts, STATE_WORDS, r.shape[0], dtype=torch.float32) if parts > 1 else None

@@ -26,6 +26,7 @@ FLOAT_ROWS = (
     "shift", "lse", "mean", "variance", "max", "runner_up", "below_target", "average", "moment",
     "softplus", "stable_sum", "weighted_sum", "teacher",
 )  # fmt: skip
+READABLE = (torch.float32, torch.float16, torch.bfloat16)
 ID_ROWS = ("argmax", "runner_up_index", "below_target_index")
 
 
@@ -118,7 +119,7 @@ class Spec(NamedTuple):
         every = [name for name in self.names if is_log_sum(name)]
         ids = no_columns(self.target)
         teacher = None if coef.get("teacher") is None else self.teacher
-        taught = None if teacher is None else dense_rows(teacher)
+        taught = None if teacher is None else readable(teacher)
         return (
             ids, 0 if ids is None else ids.shape[1], dense(self.class_vector), taught,
             0 if taught is None else taught.stride(0),
@@ -131,6 +132,11 @@ class Spec(NamedTuple):
 def dense_rows(t: Tensor) -> Tensor:
     """A matrix whose rows are dense: t itself, or a copy."""
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def readable(teacher: Tensor) -> Tensor:
+    """A teacher as kernels read it: dense rows, and of other dtypes a copy in float32."""
+    return dense_rows(teacher if teacher.dtype in READABLE else teacher.to(torch.float32))
 
 
 def dense(t: Tensor | None) -> Tensor | None:

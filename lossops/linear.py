@@ -177,7 +177,9 @@ def collected(names: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
 
 def chosen_backend(backend: str, head: HeadInputs, *, one_sweep: bool = False) -> str:
     """Name of the backend of a call."""
-    order = backends.ONE_SWEEP if one_sweep and not head.near.on else tuple(backends.BACKENDS)
+    order = backends.ONE_SWEEP if one_sweep else tuple(backends.BACKENDS)
+    if head.near.on:
+        order = tuple(name for name in backends.BACKENDS if name != "cuda")
     name = backends.select(backend, head.x.device, head.x.dtype, order).name
     if name == "cuda" and head.near.on:
         raise ValueError(

@@ -218,6 +218,22 @@ def test_any_layout(module: Any, dtype: torch.dtype) -> None:
             torch.testing.assert_close(other[key], one[key], rtol=2e-6, atol=2e-6, msg=key)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_teachers_of_any_dtype(module: Any, dtype: torch.dtype) -> None:
+    """As in the reference: what the kernels do not read is converted."""
+    z, teacher = torch.randn(3, 40), torch.randint(0, 2, (3, 40))
+    runs = []
+    for taught in (teacher.float(), teacher.to(dtype)):
+        found = module.logits_statistics(z, None, None, taught, ("teacher",))
+        dz = torch.empty_like(z)
+        module.logits_gradient(
+            z, None, None, taught, ("teacher",), found, [None, torch.ones(3)], dz
+        )
+        runs.append([*found, dz])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
 def far_rows(t: Tensor, huge: np.ndarray) -> Tensor:
     """The rows of t more than 2^31 / N elements apart, in memory that takes none."""
     step = (2**31 // (t.shape[0] - 1) + 16) // 16 * 16
@@ -296,7 +312,19 @@ def test_targets_by_segments(kernels: Kernels, dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
 
 
-# Values: infinities, NaN, offsets.
+# Values: infinities, NaN, offsets, coefficients.
+
+
+@pytest.mark.parametrize("power", [-140, -120, 126])
+def test_tiny_and_huge_coefficients_in_float16(module: Any, power: int) -> None:
+    """The power of two that dr is multiplied by is a number, whatever the coefficients."""
+    case = Case(3, 8, 50, 1, torch.float16, names=("target", "lse"))
+    plain = case.chunk(module, padding=2)
+    case.coefficients = [None if c is None else c * 2.0**power for c in case.coefficients]
+    for name in ("dx", "dw"):
+        found = case.chunk(module, padding=2)[name].double() * 2.0**-power
+        largest = float(plain[name].abs().max())
+        assert (found - plain[name]).abs().max() <= (0.2 if power == -140 else 1e-4) * largest
 
 
 @pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
@@ -308,6 +336,17 @@ def test_minus_infinity(module: Any, names: tuple[str, ...], dtype: torch.dtype)
     case.args[2][:130] = -torch.inf
     case.args[2][140] = -torch.inf
     check(module, case)
+
+
+@pytest.mark.parametrize("name", ["sum", "weighted_sum", "teacher"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_logits_reach_sums_over_all_classes(module: Any, name: str, value: float) -> None:
+    """As they are, not as NaN; a factor below 0 turns them round."""
+    z, a, teacher = torch.randn(3, 700), torch.rand(700), torch.rand(3, 700)
+    z[0, 500], z[1, 0], a[0] = value, value, -1.0
+    want = reference.logits_statistics(z, None, a, teacher, (name,))
+    found = module.logits_statistics(z, None, a, teacher, (name,))
+    torch.testing.assert_close(found[1], want[1], rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("names", [("target", "lse", "entropy", "max", "lse@2"), PLAIN])

@@ -169,6 +169,17 @@ def test_compile(name, inputs):
     assert len(counts) == 1
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"lse_square_scale": 0.1}], ids=str)
+def test_compile_one_term_alone(inputs, options):
+    torch.compiler.reset()
+
+    def call(x, w, b, y, backend):
+        return lossops.linear_cross_entropy(x, w, y, linear_bias=b, backend=backend, **options)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_close(run(compiled, inputs.leaves, inputs.y), run(call, inputs.leaves, inputs.y))
+
+
 def test_compile_a_module(inputs):
     torch.compiler.reset()
     head = lossops.LinearCrossEntropyLoss(D, V, bias=True)

@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) gradient_kernel(Grad
   const bool whole = boundary % (kSize * sizeof(Out)) == 0;
   const RowSlopes<kPlain> slopes(call, row);
 
-  const int per_part =
-      static_cast<int>((static_cast<int64_t>(products.vectors) + call.parts - 1) / call.parts);
+  const int per_part = products.per_part(call.parts);
   const int begin = blockIdx.y * per_part;
   const int end = begin + per_part < products.vectors ? begin + per_part : products.vectors;
   for (int from = begin; from < end; from += blockDim.x * kVectors) {

@@ -97,6 +97,10 @@ GradientCall gradient_call(const Tensor& r, const MaybeTensor& scale, const Mayb
     call.log_sums.lse[at] = floats("a log-sum", log_statistics[k], r.size(0));
     call.log_sums.coefficient[at] = floats("a coefficient", log_coefficients[k], r.size(0));
   }
+  check_devices(r, scale, b, target, class_vector, teacher);
+  for (const auto* some : {&statistics, &coefficients, &log_statistics, &log_coefficients}) {
+    check_devices_of(r, *some);
+  }
   STD_TORCH_CHECK(statistics[0].has_value(), "a gradient needs the shift of its rows");
   STD_TORCH_CHECK(!(call.terms & kTeacher) || teacher.has_value(), "no teacher");
   call.first_class = first_class;
@@ -128,7 +132,7 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
   STD_TORCH_CHECK(
       call.logits.dtype == call.out_dtype || (call.logits.dtype == Dtype::kFloat && parts == 1),
       "out must have the dtype of r, or be half precision of float32 in one part");
-  check_devices(r, scale, b, target, class_vector, teacher, at_target, unit, out);
+  check_devices(r, at_target, unit, out);
   const OnDevice device(r);
   logits_gradient(call, device.stream());
   check_launch("logits_gradient");
@@ -145,6 +149,7 @@ void columns(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, do
                                        statistics, coefficients, temperatures, limits,
                                        log_statistics, log_coefficients, first_class, num_classes),
                          floats("db", db, r.size(1)), accumulate};
+  check_devices(r, db);
   const OnDevice device(r);
   column_sums(call, device.stream());
   check_launch("column_sums");

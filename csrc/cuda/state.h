@@ -74,7 +74,10 @@ struct Sum {
     const float lost = (high - (sum - from)) + (other.high - from);
     return {sum, low + other.low + lost};
   }
-  LOSSOPS_LANE double value() const { return static_cast<double>(high) + low; }
+  // What was lost of an infinite sum is NaN.
+  LOSSOPS_LANE double value() const {
+    return std::fabs(high) < kInf<float> ? static_cast<double>(high) + low : high;
+  }
 };
 
 template <unsigned kKept>

@@ -199,8 +199,7 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
                           ? pivot_of(call.logits, map, row)
                           : 0;
   S state;
-  const int per_part =
-      static_cast<int>((static_cast<int64_t>(logits.vectors) + call.parts - 1) / call.parts);
+  const int per_part = logits.per_part(call.parts);
   const int begin = part * per_part;
   const int end = begin + per_part < logits.vectors ? begin + per_part : logits.vectors;
   for (int v = begin + threadIdx.x; v < end; v += blockDim.x * (kTile / kSize)) {

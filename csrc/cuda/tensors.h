@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "cuda/device.h"
 
@@ -22,9 +23,11 @@ class OnDevice {
  public:
 #ifdef LOSSOPS_EMULATE
   explicit OnDevice(const Tensor&) {}
+  explicit OnDevice(int32_t) {}
   cudaStream_t stream() const { return nullptr; }
 #else
-  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
+  explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
+  explicit OnDevice(int32_t index) : index_(index), guard_(index) {
     cudaSetDevice(index_);  // of the runtime that is linked in here, which is not torch's
   }
   cudaStream_t stream() const {
@@ -53,6 +56,10 @@ void check_devices(const Tensor& first, const Others&... others) {
            (t->is_cuda() == first.is_cuda() && t->get_device_index() == first.get_device_index());
   };
   STD_TORCH_CHECK((is_there(others) && ...), "all tensors must be on one device");
+}
+
+inline void check_devices_of(const Tensor& first, const std::vector<MaybeTensor>& others) {
+  for (const MaybeTensor& t : others) check_devices(first, t);
 }
 
 inline Dtype dtype_of(const char* name, const Tensor& t) {

@@ -5,6 +5,9 @@
 // what is not of the row, and are read one by one. No element is read twice.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/logits.h"
 #include "cuda/state.h"
@@ -25,6 +28,13 @@ struct Row {
         vectors((offset + classes + kSize - 1) / kSize) {}
 
   __device__ __forceinline__ int first(int vector) const { return vector * kSize - offset; }
+
+  // Vectors of each of `parts` parts, the last of which may have fewer: at most 2^28 and 2^16, and
+  // a division of 64 bits is a call.
+  __device__ __forceinline__ int per_part(int parts) const {
+    return static_cast<int>(static_cast<unsigned>(vectors + parts - 1) /
+                            static_cast<unsigned>(parts));
+  }
 
   // Whether all elements of a vector are of the row.
   __device__ __forceinline__ bool is_whole(int vector) const {
@@ -54,13 +64,19 @@ struct Row {
 template <int kSize, typename Out>
 __device__ __forceinline__ void store(Out* out, int at, const float* value, unsigned there,
                                       bool whole) {
-  struct alignas(kSize * sizeof(Out)) Packed {
-    Out element[kSize];
-  };
+  using Packed = std::conditional_t<kSize * sizeof(Out) == 16, uint4, uint2>;
+  static_assert(kSize * sizeof(Out) == sizeof(Packed));
   if (whole && there == (1u << kSize) - 1) {
+    Out rounded[kSize];
+    for (int i = 0; i < kSize; ++i) rounded[i] = from_float<Out>(value[i]);
     Packed packed;
-    for (int i = 0; i < kSize; ++i) packed.element[i] = from_float<Out>(value[i]);
-    *reinterpret_cast<Packed*>(out + at) = packed;
+    memcpy(&packed, rounded, sizeof packed);
+    Packed* to = reinterpret_cast<Packed*>(out + at);
+#ifdef __CUDA_ARCH__
+    __stwb(to, packed);  // an assignment would be compiled to a store of each element or word
+#else
+    *to = packed;
+#endif
     return;
   }
   for (int i = 0; i < kSize; ++i) {
@@ -80,7 +96,8 @@ __device__ __forceinline__ float element(const void* data, Dtype dtype, int64_t 
   }
 }
 
-// z of products r.
+// z of products r. Nothing is fused: every kernel must find the same bits, or statistics and
+// gradients, targets and negatives, would be of different logits.
 struct LogitMap {
   float scale, softcap;
   const float* b;
@@ -93,9 +110,11 @@ struct LogitMap {
   // In place of the products of a tile, where a branch costs least.
   template <int kTile, int kVector>
   __device__ __forceinline__ void apply(Tile<kTile, kVector>& tile) const {
-    for (int i = 0; i < kTile; ++i) tile.z[i] *= scale;
+    for (int i = 0; i < kTile; ++i) tile.z[i] = __fmul_rn(tile.z[i], scale);
     if (b != nullptr) {
-      for (int i = 0; i < kTile; ++i) tile.z[i] += tile.is_valid(i) ? b[tile.id(i)] : 0.0f;
+      for (int i = 0; i < kTile; ++i) {
+        tile.z[i] = __fadd_rn(tile.z[i], tile.is_valid(i) ? b[tile.id(i)] : 0.0f);
+      }
     }
     if (softcap != 0) {
       for (int i = 0; i < kTile; ++i) tile.z[i] = lossops::softcap(tile.z[i], softcap);
@@ -103,7 +122,7 @@ struct LogitMap {
   }
 
   __device__ __forceinline__ float of(float r, int id) const {
-    const float z = b == nullptr ? r * scale : r * scale + b[id];
+    const float scaled = __fmul_rn(r, scale), z = b == nullptr ? scaled : __fadd_rn(scaled, b[id]);
     return softcap == 0 ? z : lossops::softcap(z, softcap);
   }
 };

@@ -47,6 +47,8 @@ def test_a_kernel_keeps_its_budget(
     assert not row.facts.atomics, "atomics: the order of a sum would not be fixed"
     if re.match(f"({STREAMS})_", kernel):
         assert row.facts.wide_loads, "no loads of 16 bytes"
+    if re.match(r"(binary|gradient|pair_gradient)_", kernel):
+        assert row.facts.wide_stores, "dr is stored element by element"
     assert regressions(row, BUDGETS[kernel][architecture]) == []
 
 

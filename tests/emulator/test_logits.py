@@ -107,3 +107,43 @@ def test_gradients_refuse_what_does_not_fit(loaded: Any, at: int, value: Any, sa
     arguments[at] = value
     with pytest.raises(RuntimeError, match=said):
         torch.ops.lossops_cuda.logits_gradient(*arguments)
+
+
+# More parts of a row than its classes suggest: ties, log-sums and extremes meet across them.
+
+
+@pytest.fixture(params=[64, 8], ids=["4 parts", "8 parts"])
+def many_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(lossops.cuda, "PART", request.param)
+    return 256 // request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_in_parts(module: Any, many_parts: int, dtype: torch.dtype) -> None:
+    check(module, Case(1, 9, 301, 3, dtype, scale=0.7, softcap=5.0, bias=True))
+    check(module, Case(1, 9, 301, 40, dtype, names=PLAIN, bias=True))
+    names = canonical(("target", "lse", "lse@0.5", "lse@3", "lse<0", "lse<100", "lse<-100"))
+    check(module, Case(1, 9, 301, 1, dtype, names=names))
+
+
+def test_ties_across_parts(module: Any, many_parts: int) -> None:
+    names = canonical(("target", "max", "runner_up", "below_target", "sumsq", "variance"))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        z = torch.randint(0, 3, (1, 259), generator=draw).float()
+        target = torch.randint(0, 259, (1, 1), generator=draw)
+        want = reference.logits_statistics(z, target, None, None, names)
+        found = module.logits_statistics(z, target, None, None, names)
+        for name, ours, theirs in zip(outputs(names), found, want, strict=True):
+            torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_poison_in_parts(module: Any, many_parts: int, value: float) -> None:
+    names = ("lse", "entropy", "softplus", "lse@2", "lse<3")
+    for at in (0, 130, 258):
+        z = 200 * torch.rand(1, 259) - 300
+        z[0, at] = value
+        want = reference.logits_statistics(z, None, None, None, names)[1:]
+        found = module.logits_statistics(z, None, None, None, names)[1:]
+        torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-5, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from fixtures import built, loaded
 from gpu_losses import *  # noqa: F403
 from gpu_losses import NEAR, D, N, V
+
+import lossops
+from lossops import backends
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +41,19 @@ def launches(loaded: ctypes.CDLL) -> Any:
 def test_near_and_far_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match="no kernels for near_threshold"):
         NEAR(torch.ones(N, D), torch.ones(V, D), torch.ones(V), backend=backend)
+
+
+def test_auto_takes_another_backend_for_near_and_far(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no Triton, the reference."""
+    for name in ("cpp", "triton"):
+        absent = replace(backends.BACKENDS[name], objection=lambda device, dtype: "absent")
+        monkeypatch.setitem(backends.BACKENDS, name, absent)
+    x, w, y = torch.randn(N, D), torch.randn(V, D), torch.arange(N)
+    found, expected = (
+        lossops.linear_cross_entropy(x, w, y, near_threshold=1e-3, backend=name)
+        for name in ("auto", "reference")
+    )
+    assert torch.equal(found, expected)
+    assert backends.select("auto", x.device, x.dtype).name == backend

@@ -34,6 +34,7 @@ class Facts:
             anywhere where most of them are elsewhere.
         loads, wide_loads: from global memory in the main loop, and those of 16 bytes or by copy
             engine.
+        wide_stores: to global memory in the main loop, of 8 bytes or more.
         atomics: on global memory, anywhere.
         fused_doubles: products and sums of float64 in one instruction.
         instructions: of the kernel.
@@ -56,6 +57,7 @@ class Facts:
     functions: int
     loads: int
     wide_loads: int
+    wide_stores: int
     atomics: int
     fused_doubles: int
     instructions: int
@@ -69,6 +71,7 @@ NVIDIA = {
     "functions": r"MUFU",
     "loads": r"(LDG|LDGSTS|UTMALDG)\b",
     "wide": r"(LDG|LDGSTS)\..*128|UTMALDG",
+    "wide_stores": r"STG\..*(64|128)",
     "atomics": r"(ATOMG?|REDG?)\b",
 }
 AMD = {
@@ -76,6 +79,7 @@ AMD = {
     "functions": r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_f",
     "loads": r"(global|buffer)_load",
     "wide": r"(global|buffer)_load_dwordx4",
+    "wide_stores": r"(global|buffer)_store_dwordx[24]",
     "atomics": r"(global|buffer|flat)_atomic",
 }
 
@@ -132,6 +136,7 @@ def of_listing(
         functions=_most(listing, kinds["functions"], main),
         loads=listing.count(kinds["loads"], main),
         wide_loads=listing.count(kinds["wide"], main),
+        wide_stores=listing.count(kinds["wide_stores"], main),
         atomics=listing.count(kinds["atomics"]),
         fused_doubles=listing.count(r"(DFMA\b|v_fma_f64)"),
         instructions=len(listing.instructions),
