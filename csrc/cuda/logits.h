@@ -67,6 +67,10 @@ int state_words(Dtype dtype, unsigned kept);
 
 void logits_statistics(const StatisticsCall& call, cudaStream_t stream);
 
+// Why kernels cannot run on the current device: its driver is too old, or the library has no code
+// for it. Launches nothing.
+cudaError_t why_no_kernels();
+
 // Statistics and coefficients of a gradient, each (rows,).
 struct GradientRows {
   const float *shift, *lse, *mean, *variance, *average;

@@ -138,6 +138,12 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
   check_launch("logits_gradient");
 }
 
+void check_kernels(int64_t device) {
+  const OnDevice on(static_cast<int32_t>(device));
+  const cudaError_t error = why_no_kernels();
+  STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+}
+
 void columns(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, double softcap,
              const MaybeTensor& target, const MaybeTensor& class_vector, const MaybeTensor& teacher,
              const MaybeTensors& statistics, const MaybeTensors& coefficients,
@@ -171,10 +177,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lossops_cuda, m) {
   m.def("logits_gradient(" LOGITS ", " SIDES ", " SLOPES
         ", Tensor? at_target, Tensor? unit, int parts, Tensor(a!) out) -> ()");
   m.def("column_sums(" LOGITS ", " SIDES ", " SLOPES ", bool accumulate, Tensor(a!) db) -> ()");
+  m.def("check_kernels(int device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lossops_cuda, LOSSOPS_DEVICE, m) {
   m.impl("logits_statistics", TORCH_BOX(&lossops::statistics));
   m.impl("logits_gradient", TORCH_BOX(&lossops::gradient));
   m.impl("column_sums", TORCH_BOX(&lossops::columns));
+}
+
+// It takes no tensor that would tell the dispatcher where to go.
+STABLE_TORCH_LIBRARY_IMPL(lossops_cuda, CompositeExplicitAutograd, m) {
+  m.impl("check_kernels", TORCH_BOX(&lossops::check_kernels));
 }

@@ -10,9 +10,12 @@ import pytest
 import torch
 from fixtures import built, emulator, loaded
 from gpu_kernels import *  # noqa: F403
+from gpu_kernels import DTYPES, check, reference
+from test_cpu_backend import PLAIN, Case
 
 import lossops.cuda
 from lossops.gpu_linear import Kernels
+from lossops.statistics import canonical, outputs
 
 
 @pytest.fixture(scope="session")
