@@ -109,11 +109,12 @@ struct GradientCall {
 
 void logits_gradient(const GradientCall& call, cudaStream_t stream);
 
-// db (classes,) = Σ over the rows of dr as it is before it is rounded, or += it.
+// db (parts, classes) = Σ over the rows of a part of dr as it is before it is rounded, or += it.
 struct ColumnsCall {
   GradientCall gradient;
   float* db;
   bool accumulate;
+  int parts = 1;  // of the rows, one after the other
 };
 
 void column_sums(const ColumnsCall& call, cudaStream_t stream);
