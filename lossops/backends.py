@@ -164,6 +164,18 @@ def load_cuda_library() -> str | None:
     return None
 
 
+@functools.cache
+def _kernels_objection(device: torch.device) -> str | None:
+    """Why the compiled CUDA kernels, once loaded, cannot run on a device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch.ops.lossops_cuda.check_kernels(index)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(", ")[2]  # without the place in the source
+        return f"the compiled CUDA kernels cannot run on {device} ({reason}); rebuild: {REBUILD}"
+    return None
+
+
 def _is_emulated() -> bool:
     """Whether the CUDA kernels are those of the tests' emulator, which run on CPU tensors."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -183,7 +195,7 @@ def _cuda_device_objection(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the CUDA kernels run on CUDA tensors, got {device.type}"
-    return load_cuda_library() or _capability_objection(device)
+    return load_cuda_library() or _capability_objection(device) or _kernels_objection(device)
 
 
 _cuda_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -30,11 +30,13 @@ from lossops.gpu_layout import (
     readable,
 )
 from lossops.gpu_linear import Kernels, LinearPrimitives, linear_products
-from lossops.gpu_pairs import PairKernels, PairPrimitives
+from lossops.gpu_pairs import PairKernels, PairPrimitives, merged_log_sums
 
 # As in csrc/cuda/{state,logits}.h.
 ONE_LOG_SUM, FOUR_LOG_SUMS, MOST_LOG_SUMS, MOST_SLOPES, STATE_WORDS = 4096, 8192, 4, 16, 32
 PART = 4096  # logits, 16 for each thread of a block
+# As in csrc/cuda/{columns,pairs}.cu; rows that are a part at least, 32 for each warp of a block.
+COLUMNS, PART_ROWS = 128, 256
 KINDS = ("sigmoid", "hinge", "gumbel", "asymmetric")
 
 
@@ -49,6 +51,11 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 def _parts(r: Tensor) -> int:
     return parts_of(r.shape[0], max(1, r.shape[1] // PART), r.device)
+
+
+def _column_parts(r: Tensor) -> int:
+    """Parts of the rows, each of which blocks of columns sum on their own."""
+    return parts_of(-(-r.shape[1] // COLUMNS), r.shape[0] // PART_ROWS, r.device)
 
 
 def chunk_statistics(
@@ -135,8 +142,13 @@ def column_sums(
     num_classes: int | None = None,
 ) -> None:
     """Σ over the rows of dr into ``db`` (n,) float32; arguments as of `chunk_gradient`."""
-    v = num_classes or logits.r.shape[1]
-    _ops().column_sums(*_slopes(logits, spec), first_class, v, accumulate, db)
+    v, parts = num_classes or logits.r.shape[1], _column_parts(logits.r)
+    if parts == 1:
+        _ops().column_sums(*_slopes(logits, spec), first_class, v, accumulate, 1, db)
+        return
+    some = db.new_empty(parts, *db.shape)
+    _ops().column_sums(*_slopes(logits, spec), first_class, v, False, parts, some)
+    db.copy_(some.sum(0) + db if accumulate else some.sum(0))
 
 
 def binary(
@@ -159,7 +171,12 @@ def binary(
 
 def pair_columns(logits: Logits, ids: Tensor | None, shift: Tensor, lse: Tensor) -> None:
     """Log-sums (v,) of a slab's columns, into ``shift`` and ``lse``."""
-    _ops().pair_columns(logits.r, _float(logits.scale), ids, shift, lse)
+    parts = _column_parts(logits.r)
+    found = [shift, lse] if parts == 1 else [shift.new_empty(parts, *shift.shape) for _ in "sl"]
+    _ops().pair_columns(logits.r, _float(logits.scale), ids, parts, *found)
+    if parts > 1:
+        for t, whole in zip((shift, lse), merged_log_sums(*found), strict=True):
+            t.copy_(whole)
 
 
 def pair_gradient(

@@ -97,10 +97,7 @@ class PairPrimitives:
             shifts.append(shift)
             sums.append(lse)
             self.pairs.columns(logits, ids, column_shift[tile], column_lse[tile])
-        each, lse = torch.stack(shifts), torch.stack(sums)
-        top = each.masked_fill(lse == -torch.inf, -torch.inf).amax(0)
-        shift = torch.where(top.isfinite(), top, 0.0)
-        lse = (lse + (each - shift)).logsumexp(0)
+        shift, lse = merged_log_sums(torch.stack(shifts), torch.stack(sums))
         at = x.new_empty(n, 0, dtype=torch.float32)
         if target is not None and target.shape[1]:
             at = target_logits(x, w, None, scale, target) - shift.unsqueeze(1)
@@ -132,6 +129,13 @@ class PairPrimitives:
             self.pairs.gradient(logits, ids, (shift, lse, by_row), columns, out)
             sweep.add(tile, out, None, None)
         sweep.finish()
+
+
+def merged_log_sums(shift: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and log-sum of the union of P disjoint sets from those of each, (P, ...)."""
+    top = shift.masked_fill(lse == -torch.inf, -torch.inf).amax(0)
+    whole = torch.where(top.isfinite(), top, 0.0)
+    return whole, (lse + (shift - whole)).logsumexp(0)
 
 
 def _room(buffer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,6 +67,10 @@ int state_words(Dtype dtype, unsigned kept);
 
 void logits_statistics(const StatisticsCall& call, cudaStream_t stream);
 
+// Why kernels cannot run on the current device: its driver is too old, or the library has no code
+// for it. Launches nothing.
+cudaError_t why_no_kernels();
+
 // Statistics and coefficients of a gradient, each (rows,).
 struct GradientRows {
   const float *shift, *lse, *mean, *variance, *average;
@@ -105,11 +109,12 @@ struct GradientCall {
 
 void logits_gradient(const GradientCall& call, cudaStream_t stream);
 
-// db (classes,) = Σ over the rows of dr as it is before it is rounded, or += it.
+// db (parts, classes) = Σ over the rows of a part of dr as it is before it is rounded, or += it.
 struct ColumnsCall {
   GradientCall gradient;
   float* db;
   bool accumulate;
+  int parts = 1;  // of the rows, one after the other
 };
 
 void column_sums(const ColumnsCall& call, cudaStream_t stream);

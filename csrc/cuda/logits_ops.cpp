@@ -138,17 +138,23 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
   check_launch("logits_gradient");
 }
 
+void check_kernels(int64_t device) {
+  const OnDevice on(static_cast<int32_t>(device));
+  const cudaError_t error = why_no_kernels();
+  STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+}
+
 void columns(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, double softcap,
              const MaybeTensor& target, const MaybeTensor& class_vector, const MaybeTensor& teacher,
              const MaybeTensors& statistics, const MaybeTensors& coefficients,
              const Numbers& temperatures, const Numbers& limits, const MaybeTensors& log_statistics,
              const MaybeTensors& log_coefficients, int64_t first_class, int64_t num_classes,
-             bool accumulate, const Tensor& db) {
+             bool accumulate, int64_t parts, const Tensor& db) {
   STD_TORCH_CHECK(r.scalar_type() == ScalarType::Float, "products must be float32");
   const ColumnsCall call{gradient_call(r, scale, b, softcap, target, class_vector, teacher,
                                        statistics, coefficients, temperatures, limits,
                                        log_statistics, log_coefficients, first_class, num_classes),
-                         floats("db", db, r.size(1)), accumulate};
+                         floats("db", db, parts * r.size(1)), accumulate, static_cast<int>(parts)};
   check_devices(r, db);
   const OnDevice device(r);
   column_sums(call, device.stream());
@@ -170,11 +176,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lossops_cuda, m) {
         "Tensor(b!) values, Tensor(c!) ids, Tensor(d!)? at_target) -> ()");
   m.def("logits_gradient(" LOGITS ", " SIDES ", " SLOPES
         ", Tensor? at_target, Tensor? unit, int parts, Tensor(a!) out) -> ()");
-  m.def("column_sums(" LOGITS ", " SIDES ", " SLOPES ", bool accumulate, Tensor(a!) db) -> ()");
+  m.def("column_sums(" LOGITS ", " SIDES ", " SLOPES
+        ", bool accumulate, int parts, Tensor(a!) db) -> ()");
+  m.def("check_kernels(int device) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lossops_cuda, LOSSOPS_DEVICE, m) {
   m.impl("logits_statistics", TORCH_BOX(&lossops::statistics));
   m.impl("logits_gradient", TORCH_BOX(&lossops::gradient));
   m.impl("column_sums", TORCH_BOX(&lossops::columns));
+}
+
+// It takes no tensor that would tell the dispatcher where to go.
+STABLE_TORCH_LIBRARY_IMPL(lossops_cuda, CompositeExplicitAutograd, m) {
+  m.impl("check_kernels", TORCH_BOX(&lossops::check_kernels));
 }

@@ -2,7 +2,8 @@
 // dz in place.
 //
 //   binary, pair_gradient    one block a row: one read of each product, one write of its dz
-//   pair_columns             a block has 128 columns, a warp every eighth row of them: one read
+//   pair_columns             a block has 128 columns and one of the parts of the rows, a warp every
+//                            eighth row of them: one read
 //
 // dz in bfloat16 goes over the products it comes from, a tile read as a whole before any of it is
 // overwritten (gradient.cu). Sums join in a fixed order: the same bits every time.
@@ -93,7 +94,8 @@ __global__ void __launch_bounds__(kThreads) binary_kernel(BinaryCall call) {
 constexpr int kWarps = kThreads / 32;
 constexpr int kColumns = 128;
 
-__global__ void __launch_bounds__(kThreads) pair_columns_kernel(PairColumnsCall call) {
+__global__ void __launch_bounds__(kThreads)
+    pair_columns_kernel(PairColumnsCall call, int64_t rows_of_part) {
   LOSSOPS_SHARED(float, tops, kWarps* kColumns);
   LOSSOPS_SHARED(float, totals, kWarps* kColumns);
   constexpr int kPerThread = kColumns / 32;
@@ -101,7 +103,9 @@ __global__ void __launch_bounds__(kThreads) pair_columns_kernel(PairColumnsCall 
   const int first = blockIdx.x * kColumns + threadIdx.x;
   float top[kPerThread], total[kPerThread] = {};
   for (int i = 0; i < kPerThread; ++i) top[i] = -kInf<float>;
-  for (int64_t row = threadIdx.y; row < call.logits.rows; row += kWarps) {
+  const int64_t begin = blockIdx.y * rows_of_part, after = begin + rows_of_part;
+  const int64_t end = after < call.logits.rows ? after : call.logits.rows;
+  for (int64_t row = begin + threadIdx.y; row < end; row += kWarps) {
     const float* products = static_cast<const float*>(call.logits.r) + row * call.logits.stride;
     const RowTargets targets(call.sides, row, 0, call.logits.classes);
     Tile<kPerThread, 1> tile;
@@ -135,8 +139,9 @@ __global__ void __launch_bounds__(kThreads) pair_columns_kernel(PairColumnsCall 
     const float from = tops[w * kColumns + thread], part = totals[w * kColumns + thread];
     sum += from == -kInf<float> ? part : part * Lane<float>::exp(finite(from) - finite(largest));
   }
-  call.shift[column] = finite(largest);
-  call.lse[column] = logf(sum);
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * call.logits.classes + column;
+  call.shift[at] = finite(largest);
+  call.lse[at] = logf(sum);
 }
 
 template <typename Out>
@@ -202,8 +207,9 @@ void binary(const BinaryCall& call, cudaStream_t stream) {
 }
 
 void pair_columns(const PairColumnsCall& call, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(call.logits.classes, kColumns)));
-  LOSSOPS_LAUNCH(pair_columns_kernel, grid, dim3(32, kWarps), stream, call);
+  const dim3 grid(static_cast<unsigned>(ceil_div(call.logits.classes, kColumns)), call.parts);
+  const int64_t rows_of_part = ceil_div(call.logits.rows, call.parts);
+  LOSSOPS_LAUNCH(pair_columns_kernel, grid, dim3(32, kWarps), stream, call, rows_of_part);
 }
 
 void pair_gradient(const PairGradientCall& call, cudaStream_t stream) {

@@ -24,12 +24,13 @@ struct BinaryCall {
 
 void binary(const BinaryCall& call, cudaStream_t stream);
 
-// Log-sums (classes,) of the negatives of every column, relative to their shifts.
+// Log-sums (parts, classes) of the negatives of every column, relative to their shifts.
 struct PairColumnsCall {
   Logits logits;
   Sides sides;
   float* shift;
   float* lse;
+  int parts = 1;  // of the rows, one after the other
 };
 
 void pair_columns(const PairColumnsCall& call, cudaStream_t stream);

@@ -49,10 +49,11 @@ void binary_op(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b,
 }
 
 void pair_columns_op(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& target,
-                     const Tensor& shift, const Tensor& lse) {
+                     int64_t parts, const Tensor& shift, const Tensor& lse) {
   const PairColumnsCall call{products_of(r, scale, std::nullopt),
                              sides_of(r, target, std::nullopt, std::nullopt),
-                             floats("shift", shift, r.size(1)), floats("lse", lse, r.size(1))};
+                             floats("shift", shift, parts * r.size(1)),
+                             floats("lse", lse, parts * r.size(1)), static_cast<int>(parts)};
   check_devices(r, scale, target, shift, lse);
   const OnDevice device(r);
   pair_columns(call, device.stream());
@@ -90,8 +91,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lossops_cuda, m) {
       "binary(Tensor r, Tensor? scale, Tensor? b, Tensor? target, Tensor? weight, int kind, "
       "float p, float q, bool detached, Tensor? factor, Tensor(a!) sums, Tensor(b!)? out) -> ()");
   m.def(
-      "pair_columns(Tensor r, Tensor? scale, Tensor? target, Tensor(a!) shift, Tensor(b!) lse)"
-      " -> ()");
+      "pair_columns(Tensor r, Tensor? scale, Tensor? target, int parts, Tensor(a!) shift, "
+      "Tensor(b!) lse) -> ()");
   m.def(
       "pair_gradient(Tensor r, Tensor? scale, Tensor? target, Tensor row_shift, Tensor row_lse, "
       "Tensor? c_row, Tensor column_shift, Tensor column_lse, Tensor? c_column, Tensor(a!) out)"

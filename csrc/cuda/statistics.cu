@@ -264,6 +264,17 @@ int state_words(Dtype dtype, unsigned kept) {
   return words;
 }
 
+cudaError_t why_no_kernels() {
+#ifdef LOSSOPS_EMULATE
+  return cudaSuccess;
+#else
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, merge_kernel<kPlain>);
+  cudaGetLastError();  // or the next launch would seem to have failed
+  return error;
+#endif
+}
+
 void logits_statistics(const StatisticsCall& call, cudaStream_t stream) {
   const bool is_short = call.parts == 1 && call.logits.classes <= 32 * kTileLogits;
   const int64_t rows = call.logits.rows;

@@ -10,9 +10,18 @@ import pytest
 import torch
 from fixtures import built, emulator, loaded
 from gpu_kernels import *  # noqa: F403
+from gpu_kernels import (
+    DTYPES,
+    check,
+    reference,
+    reference_pairs,
+    test_columns_whose_largest_comes_last_or_never,
+)
+from test_cpu_backend import FLOOR, PLAIN, Case, assert_all_no_worse
 
 import lossops.cuda
 from lossops.gpu_linear import Kernels
+from lossops.statistics import canonical, outputs
 
 
 @pytest.fixture(scope="session")
@@ -147,3 +156,23 @@ def test_poison_in_parts(module: Any, many_parts: int, value: float) -> None:
         want = reference.logits_statistics(z, None, None, None, names)[1:]
         found = module.logits_statistics(z, None, None, None, names)[1:]
         torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
+def test_columns_in_parts(module: Any, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of columns in four parts of the rows, the last one shorter."""
+    monkeypatch.setattr(lossops.cuda, "PART_ROWS", 4)
+    assert lossops.cuda._column_parts(torch.empty(33, 140)) == 4
+    case = Case(33, 9, 140, 1, torch.float32, names=PLAIN, bias=True)
+    exact = case.doubled()
+    for start in (None, 0.5):
+        runs = (case.chunk(module, start=start), case.chunk(reference, start=start))
+        assert_all_no_worse(*runs, exact.chunk(reference, start=start), FLOOR[torch.float32])
+    test_columns_whose_largest_comes_last_or_never(module)
+    for value in (torch.inf, torch.nan):
+        x, w = torch.randn(33, 5), torch.randn(140, 5)
+        x[20, 0] = value
+        ours = module.linear_pair_statistics(x, w, None, None)
+        plain = reference_pairs.linear_pair_statistics(x, w, None, None)
+        for at in (0, 2):  # log-sums of rows, of columns
+            one, other = (found[at] + found[at + 1] for found in (ours, plain))
+            torch.testing.assert_close(one, other, equal_nan=True)

@@ -57,3 +57,23 @@ def test_auto_takes_another_backend_for_near_and_far(
     )
     assert torch.equal(found, expected)
     assert backends.select("auto", x.device, x.dtype).name == backend
+
+
+def test_auto_takes_another_backend_where_the_kernels_cannot_run(
+    loaded: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library without code for the GPU, or with a runtime that its driver is too old for."""
+
+    def refuse(index: int) -> None:
+        raise RuntimeError(f"check_kernels, ops.cpp:1, no kernel image\nof {index}")
+
+    torch.ops.lossops_cuda.check_kernels(0)  # the emulator's run everywhere
+    monkeypatch.setattr(torch.ops.lossops_cuda, "check_kernels", refuse)
+    monkeypatch.setattr(backends, "_capability_objection", lambda device: None)
+    absent = replace(backends.BACKENDS["triton"], objection=lambda device, dtype: "absent")
+    monkeypatch.setitem(backends.BACKENDS, "triton", absent)
+    gpu = torch.device("cuda:7")
+    assert backends.select("auto", gpu, torch.float32, backends.ONE_SWEEP).name == "reference"
+    with pytest.raises(ValueError, match=r"cannot run on cuda:7 \(no kernel image\); rebuild"):
+        backends.select("cuda", gpu, torch.float32)
+    backends._kernels_objection.cache_clear()
