@@ -71,17 +71,24 @@ class RowSGD(torch.optim.Optimizer):
         *,
         state_dir: str | Path | None = None,
     ) -> None:
-        _check_at_least_zero(lr=lr, weight_decay=weight_decay)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if skipped not in SKIPPED:
-            raise ValueError(f"skipped must be one of {', '.join(SKIPPED)}, got {skipped!r}")
         self._state_dir = None if state_dir is None else Path(state_dir)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "skipped": skipped,
         }  # fmt: skip
         self._products = WeakTensorKeyDictionary()
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the options of a group may be its own."""
+        group = {**self.defaults, **param_group}
+        _check_at_least_zero(lr=group["lr"], weight_decay=group["weight_decay"])
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if group["skipped"] not in SKIPPED:
+            raise ValueError(
+                f"skipped must be one of {', '.join(SKIPPED)}, got {group['skipped']!r}"
+            )
+        super().add_param_group(param_group)
         self._follow()
 
     @torch.no_grad()

@@ -90,6 +90,21 @@ def test_exact_through_a_loss() -> None:
     torch.testing.assert_close(ours, dense, rtol=1e-11, atol=1e-12)
 
 
+def test_a_group_added_later_is_brought_up_to_date() -> None:
+    ours, dense = table(), table()
+    mine = optim.RowSGD([table()], 0.1, 0.9, 0.05, skipped="exact")
+    mine.add_param_group({"params": [ours], "lr": 0.2})
+    torchs = torch.optim.SGD([dense], 0.2, 0.9, weight_decay=0.05)
+    for step in range(8):
+        ours.grad = sparse_gradient(step)
+        dense.grad = ours.grad.to_dense()
+        mine.step()
+        torchs.step()
+    ids = torch.arange(V)
+    picked = rows.select_rows(ours, ids, sparse=True)
+    torch.testing.assert_close(picked, dense[ids], rtol=1e-12, atol=1e-13)
+
+
 def test_lazy_rows_wait(primitives: Any) -> None:
     ours = table()
     expected, velocity = ours.detach().clone(), torch.zeros(V, D, dtype=torch.float64)
@@ -339,6 +354,7 @@ def test_sparse_gradients_suit_torchs_optimizers() -> None:
         (lambda p: optim.RowSGD([p], -1.0), "lr must be at least 0, got -1.0"),
         (lambda p: optim.RowSGD([p], 0.1, 1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda p: optim.RowSGD([p], 0.1, skipped="no"), "skipped must be one of lazy, exact"),
+        (lambda p: optim.RowSGD([{"params": [p], "skipped": "no"}], 0.1), "skipped must be one of"),
         (lambda p: optim.RowAdamW([p], betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
         (lambda p: optim.RowAdamW([p], eps=-1.0), "eps must be at least 0"),
     ],
