@@ -10,7 +10,8 @@ step maps a row w and its velocity v to
     (w, v) ← M (w, v),   M = (1 - ηλ   -ημ)
                              (  λ        μ)
 
-so that k skipped steps are one product of k matrices, applied when the row is next picked.
+(without momentum v stays as it is), so that k skipped steps are one product of k matrices, applied
+when the row is next picked.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ class RowSGD(torch.optim.Optimizer):
             state = self._state(number, group, p)
             if group["skipped"] == "exact":
                 self._advance(p, ids)
+            velocity = state.get("momentum_buffer") if group["momentum"] else None
             primitives(p).sgd_rows(
-                p, state.get("momentum_buffer"), ids, rows, float(group["lr"]), group["momentum"],
+                p, velocity, ids, rows, float(group["lr"]), group["momentum"],
                 group["weight_decay"],
             )  # fmt: skip
             if group["skipped"] == "exact":
@@ -185,7 +187,8 @@ class RowSGD(torch.optim.Optimizer):
         if p not in self._products:
             self._products[p] = StepProducts()
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-        self._products[p].append([[1 - lr * decay, -lr * mu], [decay, mu]])
+        to_v = [decay, mu] if mu else [0.0, 1.0]  # as in torch, a velocity waits while μ is 0
+        self._products[p].append([[1 - lr * decay, -lr * mu], to_v])
         self.state[p]["known"][ids] = len(self._products[p])
 
     @torch.no_grad()

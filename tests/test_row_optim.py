@@ -90,6 +90,22 @@ def test_exact_through_a_loss() -> None:
     torch.testing.assert_close(ours, dense, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("momenta", [(0.0, 0.9, 0.9, 0.5), (0.9, 0.9, 0.0, 0.8)])
+def test_a_momentum_that_changes(momenta: tuple[float, ...], primitives: Any) -> None:
+    ours, dense = table(), table()
+    mine = optim.RowSGD([ours], 0.1, momenta[0], 0.05, skipped="exact")
+    torchs = torch.optim.SGD([dense], 0.1, momenta[0], weight_decay=0.05)
+    for step in range(24):
+        for o in (mine, torchs):
+            o.param_groups[0]["momentum"] = momenta[step % 4]
+        ours.grad = sparse_gradient(step)
+        dense.grad = ours.grad.to_dense()
+        mine.step()
+        torchs.step()
+    mine.refresh()
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-13)
+
+
 def test_a_group_added_later_is_brought_up_to_date() -> None:
     ours, dense = table(), table()
     mine = optim.RowSGD([table()], 0.1, 0.9, 0.05, skipped="exact")
