@@ -320,6 +320,17 @@ def test_clipping_sparse_gradients() -> None:
         torch.testing.assert_close(t.grad.to_dense(), g * 1.5 / (expected + 1e-6))
 
 
+def test_a_norm_past_half_precision() -> None:
+    p, q = table(torch.float16), table(torch.float16)
+    p.grad, q.grad = (torch.full((V, D), 3e4, dtype=torch.float16) for _ in range(2))
+    q.grad = q.grad.to_sparse(1)
+    found = optim.clip_grad_norm_([p, q], 1.0)
+    expected = 3e4 * (2 * V * D) ** 0.5
+    assert abs(found.item() / expected - 1) < 1e-3
+    for g in (p.grad, q.grad.to_dense()):
+        torch.testing.assert_close(g, torch.full_like(g, 3e4 / expected))
+
+
 @pytest.mark.parametrize("make", [lambda p: optim.RowSGD(p, 0.1), lambda p: optim.RowAdamW(p)])
 def test_a_grad_scaler_skips_overflows(make: Any) -> None:
     p = table(torch.float32)
