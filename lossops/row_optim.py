@@ -329,7 +329,7 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
     while the number of distinct ids would have to be waited for.
 
     Raises:
-        ValueError: a parameter that is no table of rows.
+        ValueError: a parameter that is no table of rows, or a gradient that has none.
     """
     grad = p.grad
     assert grad is not None
@@ -337,9 +337,14 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"parameters must have shape (V, D), got {tuple(p.shape)}; give others to torch.optim"
         )
+    if grad.is_sparse and grad.sparse_dim() != 1:
+        raise ValueError(
+            "a sparse gradient must hold whole rows, sparse_dim 1, got one of single values, "
+            f"sparse_dim {grad.sparse_dim()}; pass grad.to_dense().to_sparse(1)"
+        )
     if not grad.is_sparse:
         return torch.arange(p.shape[0], device=p.device), grad
-    if grad.sparse_dim() == 1 and primitives(p) is cuda_rows:
+    if primitives(p) is cuda_rows:
         return grad._indices()[0], grad._values()
     grad = coalesced(p)
     return grad.indices()[0].contiguous(), grad.values()

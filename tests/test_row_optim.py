@@ -398,6 +398,14 @@ def test_only_tables() -> None:
         optim.RowSGD([bias], 0.1).step()
 
 
+def test_only_gradients_of_whole_rows(primitives: Any) -> None:
+    for make in (lambda p: optim.RowSGD([p], 0.1), lambda p: optim.RowAdamW([p])):
+        p = table()
+        p.grad = torch.eye(V, D, dtype=torch.float64).to_sparse()  # one value of each row
+        with pytest.raises(ValueError, match="must hold whole rows, sparse_dim 1, got one of sing"):
+            make(p).step()
+
+
 def test_rows_must_rise_strictly(primitives: Any) -> None:
     if primitives is reference_rows:
         pytest.skip("the reference takes what it is given")
