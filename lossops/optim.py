@@ -107,7 +107,7 @@ def clip_grad_norm_(
     norm: Tensor = torch.stack(squares).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
     for g in grads:
-        g.mul_(factor.to(g.device, g.dtype))
+        g.mul_(factor.to(g.device, accumulate_dtype(g.dtype)))
     for h in heads:
         h.scale_grad(factor)
     return norm
