@@ -223,10 +223,15 @@ class PartialFC(nn.Module):
         return {"step": self.step, "first": self.shards.first, "num_classes": self.num_classes}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """What `get_extra_state` returned, of a head of as many classes."""
+        """What `get_extra_state` returned, of a head of the same classes."""
         if state["num_classes"] != self.num_classes:
             raise ValueError(
                 f"the state is of {state['num_classes']} classes, this head has {self.num_classes}"
+            )
+        if state["first"] != self.shards.first:
+            raise ValueError(
+                f"the state is of classes from {state['first']} on, this rank's begin at "
+                f"{self.shards.first}; load that of the same rank, or use ShardedState"
             )
         self.step = state["step"]
 

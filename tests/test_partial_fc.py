@@ -417,3 +417,8 @@ def test_a_state_of_another_head() -> None:
     state["weight"] = state["weight"][:V]
     with pytest.raises(ValueError, match=f"the state is of {V + 1} classes, this head has {V}"):
         make().load_state_dict(state)
+    # Ranks of as many classes have states of the same shapes.
+    state = make().state_dict()
+    state["_extra_state"]["first"] = V
+    with pytest.raises(ValueError, match=f"of classes from {V} on, this rank's begin at 0"):
+        make().load_state_dict(state)
