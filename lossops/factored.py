@@ -49,7 +49,7 @@ from lossops.spherical import (
     spherical_row_losses,
     target_ids,
 )
-from lossops.topk import TopK, best_of, best_of_ranks, no_candidates
+from lossops.topk import TopK, at_most, best_of, best_of_ranks, no_candidates
 
 WATCH_STEPS = 8
 """Steps between two looks at the singular values of U."""
@@ -436,7 +436,7 @@ class FactoredSphericalHead(nn.Module):
         """
         x = rows_of(input.reshape(-1, self.dim), self.offset if self.bias else None,
                     self.watched.dtype)  # fmt: skip
-        k, best = min(k, self.num_classes), no_candidates(x)
+        k, best = at_most(k, self.num_classes), no_candidates(x)
         across = x @ self.factor[:, : self.width].T  # (N, E): logits are t_j of this
         level = x @ self.offset[: self.width]
         for block in self.table.blocks():

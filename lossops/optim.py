@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossops.factored import FactoredSphericalHead
+from lossops.reference import accumulate_dtype
 from lossops.row_optim import RowAdamW, RowSGD, coalesced
 
 __all__ = ["FactoredSGD", "RowAdamW", "RowSGD", "clip_grad_norm_"]
@@ -97,14 +98,16 @@ def clip_grad_norm_(
             )
     heads = [p for p in listed if isinstance(p, FactoredSphericalHead)]
     grads = [_values(p) for p in listed if isinstance(p, Tensor) and p.grad is not None]
-    norms = [*(torch.linalg.vector_norm(g) for g in grads), *(h.grad_norm() for h in heads)]
+    # Half precision ends at 65504, which the norm of its gradients may pass.
+    norms = [torch.linalg.vector_norm(g, dtype=accumulate_dtype(g.dtype)) for g in grads]
+    norms += [h.grad_norm() for h in heads]
     if not norms:
         return torch.zeros(())
     squares = [n.to(norms[0].device, torch.float64).square() for n in norms]
     norm: Tensor = torch.stack(squares).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
     for g in grads:
-        g.mul_(factor.to(g.device, g.dtype))
+        g.mul_(factor.to(g.device, accumulate_dtype(g.dtype)))
     for h in heads:
         h.scale_grad(factor)
     return norm

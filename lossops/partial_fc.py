@@ -29,14 +29,15 @@ from lossops.distributed import (
 from lossops.inputs import check_devices, check_float, class_ids, head_inputs
 from lossops.linear import row_factors, swept_losses
 from lossops.margins import CosFace, Margin
+from lossops.reference import accumulate_dtype
 from lossops.reference_sampling import stream_key
 from lossops.row_optim import mapped
-from lossops.rows import select_normalized_rows
+from lossops.rows import select_normalized_rows, select_rows
 from lossops.samplers import positions, sample_keeping
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.shards import shards_of
 from lossops.statistics import RowStatistics, canonical, outputs
-from lossops.topk import TopK, best_of, best_of_ranks, no_candidates
+from lossops.topk import TopK, at_most, best_of, best_of_ranks, no_candidates
 
 BLOCK = 8192
 """Classes at a time where all are visited."""
@@ -206,16 +207,20 @@ class PartialFC(nn.Module):
     def topk(self, features: Tensor, k: int) -> TopK:
         """The ``k`` classes of the largest cosines, (N, k), over all ranks, for the same features.
 
-        A block of centres is visited at a time: V D multiply-adds per row.
+        Cosines are float32 (float64 for float64 inputs), whatever the dtype of the centres is and
+        autocast says. A block of centres is visited at a time: V D multiply-adds per row.
         """
-        check_float("features", features)
-        x = F.normalize(features.to(torch.promote_types(features.dtype, self.weight.dtype)), dim=1)
-        k, best = min(k, self.num_classes), no_candidates(x)
+        self._check_features(features)
+        acc = accumulate_dtype(torch.promote_types(features.dtype, self.weight.dtype))
+        x = F.normalize(features.to(acc), dim=1)
+        k, best = at_most(k, self.num_classes), no_candidates(x)
         for first in range(0, self.shards.count, BLOCK):
             ids = torch.arange(first, min(first + BLOCK, self.shards.count))
-            rows = select_normalized_rows(self.weight, ids, sparse=True, device=x.device)
+            rows = select_rows(self.weight, ids, sparse=True, device=x.device).to(acc)
             names = (ids + self.shards.first).to(x.device).expand(len(x), -1)
-            best = best_of(k, (best.values, x @ rows.to(x.dtype).T), (best.indices, names))
+            with without_autocast(x.device):
+                cosines = x @ F.normalize(rows, dim=1).T
+            best = best_of(k, (best.values, cosines), (best.indices, names))
         return best if self.shards.group is None else best_of_ranks(best, k, self.shards.group)
 
     def get_extra_state(self) -> dict[str, int]:
@@ -223,10 +228,15 @@ class PartialFC(nn.Module):
         return {"step": self.step, "first": self.shards.first, "num_classes": self.num_classes}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """What `get_extra_state` returned, of a head of as many classes."""
+        """What `get_extra_state` returned, of a head of the same classes."""
         if state["num_classes"] != self.num_classes:
             raise ValueError(
                 f"the state is of {state['num_classes']} classes, this head has {self.num_classes}"
+            )
+        if state["first"] != self.shards.first:
+            raise ValueError(
+                f"the state is of classes from {state['first']} on, this rank's begin at "
+                f"{self.shards.first}; load that of the same rank, or use ShardedState"
             )
         self.step = state["step"]
 
@@ -265,16 +275,19 @@ class PartialFC(nn.Module):
         size = self._sizes(len(local))[self.shards.rank]
         return sample_keeping(local[:, 0], self.shards.count, size, key)
 
+    def _check_features(self, features: Tensor) -> None:
+        check_float("features", features)
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(
+                f"features must have shape (N, {self.dim}), got {tuple(features.shape)}"
+            )
+
     def _batch(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features (N, D) and labels (N, 1), of all ranks; -1 where not counted."""
         error: Exception | None = None
         x, ids = features, labels
         try:
-            check_float("features", features)
-            if features.ndim != 2 or features.shape[1] != self.dim:
-                raise ValueError(
-                    f"features must have shape (N, {self.dim}), got {tuple(features.shape)}"
-                )
+            self._check_features(features)
             check_devices(features, labels=labels)
             ids = class_ids(labels, features.shape[:1], self.num_classes, None)
             if ids.device.type == "cpu" and bool((ids >= self.num_classes).any()):

@@ -10,7 +10,8 @@ step maps a row w and its velocity v to
     (w, v) ← M (w, v),   M = (1 - ηλ   -ημ)
                              (  λ        μ)
 
-so that k skipped steps are one product of k matrices, applied when the row is next picked.
+(without momentum v stays as it is), so that k skipped steps are one product of k matrices, applied
+when the row is next picked.
 """
 
 from __future__ import annotations
@@ -71,17 +72,24 @@ class RowSGD(torch.optim.Optimizer):
         *,
         state_dir: str | Path | None = None,
     ) -> None:
-        _check_at_least_zero(lr=lr, weight_decay=weight_decay)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if skipped not in SKIPPED:
-            raise ValueError(f"skipped must be one of {', '.join(SKIPPED)}, got {skipped!r}")
         self._state_dir = None if state_dir is None else Path(state_dir)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "skipped": skipped,
         }  # fmt: skip
         self._products = WeakTensorKeyDictionary()
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the options of a group may be its own."""
+        group = {**self.defaults, **param_group}
+        _check_at_least_zero(lr=group["lr"], weight_decay=group["weight_decay"])
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {group['momentum']}")
+        if group["skipped"] not in SKIPPED:
+            raise ValueError(
+                f"skipped must be one of {', '.join(SKIPPED)}, got {group['skipped']!r}"
+            )
+        super().add_param_group(param_group)
         self._follow()
 
     @torch.no_grad()
@@ -95,8 +103,9 @@ class RowSGD(torch.optim.Optimizer):
             state = self._state(number, group, p)
             if group["skipped"] == "exact":
                 self._advance(p, ids)
+            velocity = state.get("momentum_buffer") if group["momentum"] else None
             primitives(p).sgd_rows(
-                p, state.get("momentum_buffer"), ids, rows, float(group["lr"]), group["momentum"],
+                p, velocity, ids, rows, float(group["lr"]), group["momentum"],
                 group["weight_decay"],
             )  # fmt: skip
             if group["skipped"] == "exact":
@@ -178,7 +187,8 @@ class RowSGD(torch.optim.Optimizer):
         if p not in self._products:
             self._products[p] = StepProducts()
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-        self._products[p].append([[1 - lr * decay, -lr * mu], [decay, mu]])
+        to_v = [decay, mu] if mu else [0.0, 1.0]  # as in torch, a velocity waits while μ is 0
+        self._products[p].append([[1 - lr * decay, -lr * mu], to_v])
         self.state[p]["known"][ids] = len(self._products[p])
 
     @torch.no_grad()
@@ -319,7 +329,7 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
     while the number of distinct ids would have to be waited for.
 
     Raises:
-        ValueError: a parameter that is no table of rows.
+        ValueError: a parameter that is no table of rows, or a gradient that has none.
     """
     grad = p.grad
     assert grad is not None
@@ -327,9 +337,14 @@ def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"parameters must have shape (V, D), got {tuple(p.shape)}; give others to torch.optim"
         )
+    if grad.is_sparse and grad.sparse_dim() != 1:
+        raise ValueError(
+            "a sparse gradient must hold whole rows, sparse_dim 1, got one of single values, "
+            f"sparse_dim {grad.sparse_dim()}; pass grad.to_dense().to_sparse(1)"
+        )
     if not grad.is_sparse:
         return torch.arange(p.shape[0], device=p.device), grad
-    if grad.sparse_dim() == 1 and primitives(p) is cuda_rows:
+    if primitives(p) is cuda_rows:
         return grad._indices()[0], grad._values()
     grad = coalesced(p)
     return grad.indices()[0].contiguous(), grad.values()

@@ -128,8 +128,7 @@ def sampled_softmax_loss(
         present = call.ids[rows] >= 0
         z = (given[0] - named["shift"].unsqueeze(1)).masked_fill(~present, -torch.inf)
         found = _softmax_losses(z, named["lse"], present)
-        return found if len(given) == 1 else torch.where(has_target(call.ids[rows]),
-                                                         found * given[1], 0.0)  # fmt: skip
+        return found if len(given) == 1 else found * given[1]
 
     found = swept_losses(
         columns, call.hits, names, losses, row_tensors=[call.positive, *u],
@@ -200,11 +199,10 @@ def nce_loss(
         remove_accidental_hits, sample_weight, reduction, ignore_index, logit_scale, sparse,
     )  # fmt: skip
     present = call.ids >= 0
-    active = present.any(1).to(call.positive.dtype)
     share = present.sum(1, keepdim=True).clamp_min(1)
     z = call.positive
     positives = torch.where(present, softplus(z) - z / share, 0.0).sum(1)
-    factor = active if call.weights is None else torch.where(active > 0, call.weights, 0.0)
+    factor = has_target(call.ids).to(z.dtype) if call.weights is None else call.weights
     if call.columns is None:
         assert call.negative is not None
         each = factor * (positives + softplus(call.negative).sum(1))
@@ -285,7 +283,7 @@ class _Call(NamedTuple):
     hits: Tensor | None  # where in the sample the targets are, (N, K)
     repeats: Tensor | None  # how often each class of the sample was drawn, (S,)
     negative: Tensor | None  # z of each row's own negatives (N, S)
-    weights: Tensor | None  # (N,)
+    weights: Tensor | None  # (N,), 0 where ignored
     divisor: Tensor
 
     @staticmethod
@@ -312,9 +310,11 @@ class _Call(NamedTuple):
         lead = input.shape[:-1]
         ids = class_ids(target, lead, v, ignore_index, several=True)
         check_ids(ids, v)
-        # A NaN in an ignored row must not reach a gradient.
-        head = head._replace(x=torch.where(has_target(ids).unsqueeze(1), head.x, 0.0))
+        # A NaN in an ignored row must not reach a loss or a gradient.
+        counted = has_target(ids)
+        head = head._replace(x=torch.where(counted.unsqueeze(1), head.x, 0.0))
         weights = row_weight(sample_weight, lead, input)
+        weights = None if weights is None else torch.where(counted, weights, 0.0)
         _, divisor = row_factors(ids, weights, None, head.x)
         found = sampler if isinstance(sampler, SampledClasses) else sampler(ids)
         drawn, log_expected = _checked(found, ids.shape[0], v, input)

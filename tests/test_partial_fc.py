@@ -14,7 +14,7 @@ from conftest import DTYPES, assert_no_worse
 from torch import Tensor, nn
 
 import lossops
-from lossops import ArcFace, CombinedMargin, CosFace, PartialFC, optim
+from lossops import ArcFace, CombinedMargin, CosFace, PartialFC, optim, partial_fc
 from lossops.rows import select_normalized_rows
 
 N, V, D = 9, 29, 6
@@ -295,6 +295,39 @@ def test_topk() -> None:
     assert head.topk(x, 100).indices.shape == (N, V)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_topk_in_half_precision_and_under_autocast(dtype: str) -> None:
+    # Cosines of 8 bits are often equal: 3,000 of them would come in no order.
+    low = DTYPES[dtype]
+    draw = torch.Generator().manual_seed(0)
+    head = PartialFC(64, 3000, dtype=low)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(3000, 64, generator=draw))
+    x = torch.randn(16, 64, generator=draw).to(low)
+    cosines = F.normalize(x.double(), dim=1) @ F.normalize(head.weight.double(), dim=1).T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.topk(x, 5)
+    assert found.values.dtype == torch.float32
+    torch.testing.assert_close(found.values.double(), cosines.gather(1, found.indices).detach(),
+                               rtol=0, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(found.values.double(), cosines.topk(5, 1).values.detach(),
+                               rtol=0, atol=1e-6)  # fmt: skip
+
+
+def test_topk_of_equal_cosines_is_the_first_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.topk takes any of them, another one where the blocks are others.
+    head = make()
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(D)[torch.arange(V) % 3])  # whose cosines are exact
+    x, _ = batch()
+    cosines = F.normalize(x, dim=1) @ F.normalize(head.weight, dim=1).T
+    expected = cosines.sort(dim=1, descending=True, stable=True)
+    for block in (V, 7, 1):
+        monkeypatch.setattr(partial_fc, "BLOCK", block)
+        for k in (1, 5, 11, V):
+            assert torch.equal(head.topk(x, k).indices, expected.indices[:, :k])
+
+
 def test_it_trains_and_resumes_bit_for_bit() -> None:
     def build() -> tuple[nn.Linear, PartialFC, list[Any]]:
         torch.manual_seed(1)
@@ -395,6 +428,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda: CombinedMargin(m1=0.5), ValueError, "m1 must be at least 1, got 0.5"),
     (lambda: make()(torch.zeros(2, D + 1), torch.zeros(2).long()), ValueError,
      rf"features must have shape \(N, {D}\), got \(2, {D + 1}\)"),
+    (lambda: make().topk(torch.zeros(2, D + 1), 3), ValueError, "features must have shape"),
+    (lambda: make().topk(torch.zeros(2, D), 0), ValueError, "k must be at least 1, got 0"),
     (lambda: make()(torch.zeros(2, D).long(), torch.zeros(2).long()), TypeError,
      "features must be floating point"),
     (lambda: make()(torch.zeros(2, D), torch.tensor([0, V])), IndexError,
@@ -416,4 +451,9 @@ def test_a_state_of_another_head() -> None:
     state = other.state_dict()
     state["weight"] = state["weight"][:V]
     with pytest.raises(ValueError, match=f"the state is of {V + 1} classes, this head has {V}"):
+        make().load_state_dict(state)
+    # Ranks of as many classes have states of the same shapes.
+    state = make().state_dict()
+    state["_extra_state"]["first"] = V
+    with pytest.raises(ValueError, match=f"of classes from {V} on, this rank's begin at 0"):
         make().load_state_dict(state)

@@ -90,6 +90,37 @@ def test_exact_through_a_loss() -> None:
     torch.testing.assert_close(ours, dense, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("momenta", [(0.0, 0.9, 0.9, 0.5), (0.9, 0.9, 0.0, 0.8)])
+def test_a_momentum_that_changes(momenta: tuple[float, ...], primitives: Any) -> None:
+    ours, dense = table(), table()
+    mine = optim.RowSGD([ours], 0.1, momenta[0], 0.05, skipped="exact")
+    torchs = torch.optim.SGD([dense], 0.1, momenta[0], weight_decay=0.05)
+    for step in range(24):
+        for o in (mine, torchs):
+            o.param_groups[0]["momentum"] = momenta[step % 4]
+        ours.grad = sparse_gradient(step)
+        dense.grad = ours.grad.to_dense()
+        mine.step()
+        torchs.step()
+    mine.refresh()
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-13)
+
+
+def test_a_group_added_later_is_brought_up_to_date() -> None:
+    ours, dense = table(), table()
+    mine = optim.RowSGD([table()], 0.1, 0.9, 0.05, skipped="exact")
+    mine.add_param_group({"params": [ours], "lr": 0.2})
+    torchs = torch.optim.SGD([dense], 0.2, 0.9, weight_decay=0.05)
+    for step in range(8):
+        ours.grad = sparse_gradient(step)
+        dense.grad = ours.grad.to_dense()
+        mine.step()
+        torchs.step()
+    ids = torch.arange(V)
+    picked = rows.select_rows(ours, ids, sparse=True)
+    torch.testing.assert_close(picked, dense[ids], rtol=1e-12, atol=1e-13)
+
+
 def test_lazy_rows_wait(primitives: Any) -> None:
     ours = table()
     expected, velocity = ours.detach().clone(), torch.zeros(V, D, dtype=torch.float64)
@@ -289,6 +320,17 @@ def test_clipping_sparse_gradients() -> None:
         torch.testing.assert_close(t.grad.to_dense(), g * 1.5 / (expected + 1e-6))
 
 
+def test_a_norm_past_half_precision() -> None:
+    p, q = table(torch.float16), table(torch.float16)
+    p.grad, q.grad = (torch.full((V, D), 3e4, dtype=torch.float16) for _ in range(2))
+    q.grad = q.grad.to_sparse(1)
+    found = optim.clip_grad_norm_([p, q], 1.0)
+    expected = 3e4 * (2 * V * D) ** 0.5
+    assert abs(found.item() / expected - 1) < 1e-3
+    for g in (p.grad, q.grad.to_dense()):
+        torch.testing.assert_close(g, torch.full_like(g, 3e4 / expected))
+
+
 @pytest.mark.parametrize("make", [lambda p: optim.RowSGD(p, 0.1), lambda p: optim.RowAdamW(p)])
 def test_a_grad_scaler_skips_overflows(make: Any) -> None:
     p = table(torch.float32)
@@ -339,6 +381,7 @@ def test_sparse_gradients_suit_torchs_optimizers() -> None:
         (lambda p: optim.RowSGD([p], -1.0), "lr must be at least 0, got -1.0"),
         (lambda p: optim.RowSGD([p], 0.1, 1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda p: optim.RowSGD([p], 0.1, skipped="no"), "skipped must be one of lazy, exact"),
+        (lambda p: optim.RowSGD([{"params": [p], "skipped": "no"}], 0.1), "skipped must be one of"),
         (lambda p: optim.RowAdamW([p], betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
         (lambda p: optim.RowAdamW([p], eps=-1.0), "eps must be at least 0"),
     ],
@@ -353,6 +396,14 @@ def test_only_tables() -> None:
     bias.grad = torch.zeros(3)
     with pytest.raises(ValueError, match=r"parameters must have shape \(V, D\), got \(3,\)"):
         optim.RowSGD([bias], 0.1).step()
+
+
+def test_only_gradients_of_whole_rows(primitives: Any) -> None:
+    for make in (lambda p: optim.RowSGD([p], 0.1), lambda p: optim.RowAdamW([p])):
+        p = table()
+        p.grad = torch.eye(V, D, dtype=torch.float64).to_sparse()  # one value of each row
+        with pytest.raises(ValueError, match="must hold whole rows, sparse_dim 1, got one of sing"):
+            make(p).step()
 
 
 def test_rows_must_rise_strictly(primitives: Any) -> None:

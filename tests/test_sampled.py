@@ -258,6 +258,28 @@ def test_ignored_rows_are_as_if_they_were_not_there(name: str, backend: str) -> 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("per_row", [False, True])
+def test_a_nan_weight_of_an_ignored_row_does_not_count(name: str, per_row: bool) -> None:
+    ours, _ = LOSSES[name]
+    x, w, _, y = make_inputs(N, V, D)
+    sampler = samplers.Uniform(V, S)
+    y[4] = -100
+    sample = sampler.per_row(y) if per_row else sampler(y)
+    u = torch.linspace(0.5, 2.0, N, dtype=x.dtype)
+
+    def call(reduction: str, x: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        return ours(x, w, y, sample, sample_weight=u, reduction=reduction)
+
+    poisoned = torch.where(y < 0, torch.nan, u)
+    for reduction in ("none", "sum", "mean"):
+        upstream = torch.ones(N) if reduction == "none" else 1.0
+        found = value_and_gradients(partial(call, reduction), (x, w, poisoned), upstream)
+        expected = value_and_gradients(partial(call, reduction), (x, w, u), upstream)
+        for f, e in zip(found, expected, strict=True):
+            assert torch.equal(dense(f), dense(e))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("per_row", [False, True])
 def test_gradcheck(name: str, per_row: bool) -> None:
     ours, _ = LOSSES[name]
     x, w, b, y = make_inputs(4, 11, 3)
