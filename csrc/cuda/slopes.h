@@ -70,7 +70,10 @@ struct RowSlopes {
         dz[i] = of_class(tile.z[i], tile.id(i), tile.is_valid(i));
       }
     }
-    if constexpr (!kPlain) add_extremes(tile, dz);
+    if constexpr (!kPlain) {
+      add_log_sums(tile, dz);
+      add_extremes(tile, dz);
+    }
     if (map.softcap != 0) {
       for (int i = 0; i < kTile; ++i) dz[i] *= softcap_slope(tile.z[i], map.softcap);
     }
@@ -91,15 +94,23 @@ struct RowSlopes {
                         row * call.sides.teacher_stride + id);
       }
     }
-    float dz = basis.negative(call.terms, z, a, t);
+    return basis.negative(call.terms, z, a, t);
+  }
+
+  // Other log-sums; what a row has of one is read once a tile.
+  template <int kTile, int kVector>
+  __device__ __forceinline__ void add_log_sums(const Tile<kTile, kVector>& tile, float* dz) const {
     for (int k = 0; k < call.log_sums.count; ++k) {
-      const float temperature = call.log_sums.temperature[k];
-      const float lse = call.log_sums.lse[k][row];
-      const float power = temperature * (z - basis.shift) - (lse == -kInf<float> ? 0.0f : lse);
-      const float q = z > call.log_sums.limit[k] ? 0.0f : Lane<float>::exp(power);
-      dz += temperature * call.log_sums.coefficient[k][row] * q;
+      const float temperature = call.log_sums.temperature[k], limit = call.log_sums.limit[k];
+      const float found = call.log_sums.lse[k][row];
+      const float lse = found == -kInf<float> ? 0.0f : found;
+      const float c = temperature * call.log_sums.coefficient[k][row];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        const float z = tile.z[i], power = temperature * (z - basis.shift) - lse;
+        dz[i] += c * (z > limit ? 0.0f : Lane<float>::exp(power));
+      }
     }
-    return dz;
   }
 
   // Coefficients of single classes: the largest, the next, the first below the target.
