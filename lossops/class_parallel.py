@@ -7,15 +7,16 @@ classes, the same bits on every rank. dw and db are this rank's; dx is summed ov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossops.autograd import apply
-from lossops.distributed import SummedGradient, from_all
-from lossops.inputs import HeadInputs, check_tensor, head_inputs
-from lossops.linear import head_statistics
+from lossops.distributed import SummedGradient, from_all, summed
+from lossops.inputs import HeadInputs, check_tensor, class_weight, head_inputs
+from lossops.near_far import NearFar
 from lossops.shards import Shards, group_rank
 from lossops.statistics import RowStatistics
 
@@ -27,8 +28,12 @@ def spread_head(
     logit_scale: float | Tensor | None,
     softcap: float | None,
     class_group: Any,
+    vectors: Mapping[str, Tensor | None] | None = None,
 ) -> tuple[HeadInputs, Shards | None]:
     """Checked inputs, and where classes are spread the ranks: by ``class_group``, or a DTensor w.
+
+    ``vectors`` are those of this rank's classes, by the names of the arguments: all ranks raise
+    where one does not fit.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; where they do not on one rank, a
@@ -54,6 +59,8 @@ def spread_head(
     head, error = None, None
     try:
         head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+        for name, vector in (vectors or {}).items():
+            class_weight(vector, head.w.shape[0], head.x, name)
     except (TypeError, ValueError) as refused:
         error = refused
     count = 0 if head is None else head.w.shape[0]
@@ -74,21 +81,37 @@ def local_ids(ids: Tensor, shards: Shards | None) -> Tensor:
     return torch.where(inside, ids - shards.first, -1)
 
 
-def statistics_of_all(
-    head: HeadInputs,
-    shards: Shards | None,
-    ids: Tensor | None,
-    names: tuple[str, ...],
-    class_vector: Tensor | None,
-    teacher: Tensor | None,
-    backend: str,
-) -> RowStatistics:
-    """Differentiable statistics over the classes of all ranks; ids are of all classes."""
-    here = ids if ids is None else local_ids(ids, shards)
-    stats = head_statistics(head, here, names, class_vector, teacher, backend)
+def near_or_spread(head: HeadInputs, near: NearFar, shards: Shards | None) -> HeadInputs:
+    """The head with near and far gradients where these are asked for."""
+    if shards is not None and near.on:
+        raise ValueError("near_threshold is not available with class_group; leave one of them out")
+    return head._replace(near=near)
+
+
+def classes_of_all(head: HeadInputs, shards: Shards | None) -> int:
+    """V of all ranks."""
+    return head.w.shape[0] if shards is None else sum(shards.counts)
+
+
+def of_all(stats: RowStatistics, shards: Shards | None) -> RowStatistics:
+    """Differentiable statistics over the classes of all ranks, from those of this rank's."""
     if shards is None:
         return stats
     return stats.all_reduce(shards.group, num_classes=shards.counts)
+
+
+def at_targets(weight: Tensor | None, ids: Tensor | None, shards: Shards | None) -> Tensor | None:
+    """Class weights (V_r,) at the targets ids (N, 1), (N,); None without weights or targets."""
+    if weight is None or ids is None:
+        return None
+    here = local_ids(ids, shards)[:, 0]
+    own = weight[here.clamp(0, weight.shape[0] - 1)]
+    return own if shards is None else summed(torch.where(here < 0, 0.0, own), shards.group)
+
+
+def sum_of_all(weight: Tensor, shards: Shards | None) -> Tensor:
+    """Σ of class weights (V_r,) over the classes of all ranks."""
+    return weight.sum() if shards is None else summed(weight.sum(), shards.group)
 
 
 def _group_of(t: Any, name: str = "linear_weight") -> Any:

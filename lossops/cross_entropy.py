@@ -18,7 +18,15 @@ from torch.nn import LinearCrossEntropyOptions
 
 from lossops import backends
 from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
-from lossops.class_parallel import local_ids, spread_head, statistics_of_all
+from lossops.class_parallel import (
+    at_targets,
+    classes_of_all,
+    local_ids,
+    near_or_spread,
+    of_all,
+    spread_head,
+    sum_of_all,
+)
 from lossops.inputs import (
     HeadInputs,
     check_devices,
@@ -37,6 +45,7 @@ from lossops.linear import (
     planned_rows,
     reduced,
     row_factors,
+    statistics_of_all,
     swept_losses,
     teacher_sums,
 )
@@ -158,7 +167,8 @@ def linear_cross_entropy(
         linear_weight: w, (V, D); (V, d_1, ..., d_K, D) goes through PyTorch.
         target: class ids (...), int64, or class probabilities (..., V), floating point.
         linear_bias: b, (V,). Default: ``None``.
-        weight: class weights, (V,). Default: ``None``.
+        weight: class weights, (V,), of this rank's classes where there is a ``class_group``.
+            Default: ``None``.
         sample_weight: row weights, (...), differentiable. Default: ``None``.
         reduction: ``"mean"`` (over Σ u_n), ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
@@ -175,7 +185,8 @@ def linear_cross_entropy(
             get the exact one. The loss is exact in any case. Default: ``None``.
         class_group: process group whose ranks hold consecutive classes, in w and b, and the same
             input and target (ids of all classes); the loss, and dx, are those of all classes on
-            every rank. A DTensor w sharded by class names its group itself. Default: ``None``.
+            every rank. Targets are ids, no probabilities. A DTensor w sharded by class names its
+            group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
             Default: ``'auto'``.
@@ -217,16 +228,13 @@ def linear_cross_entropy(
                               near_threshold, outputs or None),
         )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
-    head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
-    head = head._replace(near=near_request(near_threshold, opts, "near_far" in outputs))
-    v = head.w.shape[0] if shards is None else sum(shards.counts)
-    if shards is not None and head.near.on:
-        raise ValueError("near_threshold is not available with class_group; leave one of them out")
-    if shards is not None and (weight is not None or target.is_floating_point()):
-        raise ValueError(
-            "class_group takes class ids and no weight, which no rank has of all classes; pass "
-            "sample_weight=weight[target]"
-        )
+    head, shards = spread_head(
+        input, linear_weight, linear_bias, logit_scale, softcap, class_group, {"weight": weight}
+    )
+    near = near_request(near_threshold, opts, "near_far" in outputs)
+    head = near_or_spread(head, near, shards)
+    if shards is not None and target.is_floating_point():
+        raise ValueError("class_group takes class ids as targets, got class probabilities")
     if "near_far" in outputs and not head.near.on:
         raise ValueError("outputs 'near_far' needs near_threshold, got None")
     if _differentiates(target):
@@ -240,11 +248,9 @@ def linear_cross_entropy(
             lse_square_scale, outputs,
         )  # fmt: skip
     task = _Task.build(
-        target, head.lead, v, head, weight, sample_weight, ignore_index,
-        label_smoothing, lse_square_scale, outputs,
+        target, head.lead, head.w.shape[0], head, weight, sample_weight, ignore_index,
+        label_smoothing, lse_square_scale, outputs, shards,
     )  # fmt: skip
-    if shards is not None:
-        check_target(task.ids, v)
     diff = (head.x, head.w, head.b, head.scale)
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in diff)
     single = (
@@ -292,13 +298,14 @@ def _one_sweep_of_shards(
 
     def losses(values: Sequence[Tensor], rows: slice | Tensor, _: Sequence[Tensor]) -> Tensor:
         named = dict(zip(statistic_outputs(task.names), values, strict=True))
-        stats = RowStatistics(named, head.w.shape[0])
-        stats = stats.all_reduce(shards.group, num_classes=shards.counts)
-        return task.losses(stats, rows)
+        a = task.class_vector
+        stats = RowStatistics(named, head.w.shape[0], None if a is None else a.sum())
+        return task.losses(of_all(stats, shards), rows)
 
     return swept_losses(
-        head, local_ids(task.ids, shards), task.names, losses, reduced=True, options=options,
-        backend=backend, counted=task.ids, num_classes=max(shards.counts),
+        head, local_ids(task.ids, shards), task.names, losses, class_vector=task.class_vector,
+        reduced=True, options=options, backend=backend, counted=task.ids,
+        num_classes=max(shards.counts),
     )  # fmt: skip
 
 
@@ -427,7 +434,9 @@ class _Task(NamedTuple):
         label_smoothing: float,
         lse_square_scale: float,
         outputs: Collection[str],
+        shards: Shards | None = None,
     ) -> _Task:
+        """``v`` and ``weight`` are of this rank's classes, ``target`` of all."""
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         x, eps = head.x, label_smoothing
@@ -437,10 +446,11 @@ class _Task(NamedTuple):
         ones = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype))
         each = ones if rows is None else rows
         smooth = lse = taught = nll = teacher = ids = None
+        every = v if shards is None else sum(shards.counts)
         if eps:
-            smooth = each * eps if a is None else each * (eps / v)
+            smooth = each * eps if a is None else each * (eps / every)
             # A tensor of its own: a compiler takes no tensor twice.
-            lse = each * eps if a is None else smooth * a.sum()
+            lse = each * eps if a is None else smooth * sum_of_all(a, shards)
         if target.is_floating_point():
             teacher = _probabilities(target, lead, v, ignore_index)
             total = teacher_sums(teacher, a, ones.dtype)
@@ -448,8 +458,10 @@ class _Task(NamedTuple):
             lse = taught * total if lse is None else lse + taught * total
             _, divisor = row_factors(None, rows, None, x)
         else:
-            ids = class_ids(target, lead, v, ignore_index)
-            u, divisor = row_factors(ids, rows, a, x)
+            ids = class_ids(target, lead, every, ignore_index)
+            if shards is not None:
+                check_target(ids, every)
+            u, divisor = row_factors(ids, rows, at_targets(a, ids, shards), x)
             nll = (ones if u is None else u) * (1 - eps)
         square = each * lse_square_scale if lse_square_scale else None
         names = ["lse", "target"] if ids is not None else ["lse", "teacher"]
@@ -709,10 +721,8 @@ def linear_log_prob(
     names = ("lse", "target", "entropy") if entropy else ("lse", "target")
     head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
     check_two_sweeps(head, options)
-    head = head._replace(near=near_request(near_threshold, checked_options(options)))
-    if shards is not None and head.near.on:
-        raise ValueError("near_threshold is not available with class_group; leave one of them out")
-    v = head.w.shape[0] if shards is None else sum(shards.counts)
+    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    v = classes_of_all(head, shards)
     ids = class_ids(target, head.lead, v, ignore_index)
     check_devices(head.x, target=target)
     if shards is not None:

@@ -9,12 +9,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lossops import backends
 from lossops.autograd import LinearStatistics, apply
+from lossops.class_parallel import (
+    at_targets,
+    classes_of_all,
+    local_ids,
+    near_or_spread,
+    of_all,
+    spread_head,
+)
 from lossops.inputs import (
     HeadInputs,
     check_devices,
@@ -25,13 +34,14 @@ from lossops.inputs import (
     class_weight,
     counted_rows,
     has_target,
-    head_inputs,
     near_request,
     row_weight,
 )
 from lossops.loss_fn import Losses, LossSweep, UserLoss
+from lossops.ops import check_target
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, one_sweep_rows, without_autocast
+from lossops.shards import Shards
 from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, outputs
 
 LossFunction = Callable[..., Tensor]
@@ -50,6 +60,7 @@ def linear_statistics(
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
     near_threshold: float | str | None = None,
+    class_group: Any = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
 ) -> RowStatistics:
@@ -74,6 +85,8 @@ def linear_statistics(
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of all rows. Default: ``None``.
+        class_group: as in `linear_cross_entropy`; ``class_vector`` and ``teacher`` have this rank's
+            classes, ids and statistics (not ``"below_target"``) are of all. Default: ``None``.
         options: how it is computed. Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
             Default: ``'auto'``.
@@ -94,27 +107,49 @@ def linear_statistics(
         >>> torch.allclose(s.lse, (x @ w.T).logsumexp(1), atol=1e-5)
         True
     """
-    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
+    head, shards = spread_head(
+        input, linear_weight, linear_bias, logit_scale, softcap, class_group,
+        {"class_vector": class_vector},
+    )  # fmt: skip
     check_two_sweeps(head, options)
-    head = head._replace(near=near_request(near_threshold, checked_options(options)))
-    check_devices(input, target=target, teacher=teacher)
-    v = linear_weight.shape[0]
+    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    check_devices(head.x, target=target, teacher=teacher)
+    v, own = classes_of_all(head, shards), head.w.shape[0]
     several = target is not None and target.ndim == len(head.lead) + 1
     ids = None
     if target is not None:
         ids = class_ids(target, head.lead, v, ignore_index, several=True)
-    if teacher is not None and teacher.shape != (*head.lead, v):
-        raise ValueError(f"teacher must have shape {(*head.lead, v)}, got {tuple(teacher.shape)}")
-    taught = None if teacher is None else teacher.reshape(-1, v)
+    if shards is not None:
+        check_target(ids, v)
+    if teacher is not None and teacher.shape != (*head.lead, own):
+        raise ValueError(f"teacher must have shape {(*head.lead, own)}, got {tuple(teacher.shape)}")
+    taught = None if teacher is None else teacher.reshape(-1, own)
     listed = collected(names, target)
-    stats = head_statistics(head, ids, listed, class_vector, taught, backend)
+    stats = statistics_of_all(head, shards, ids, listed, class_vector, taught, backend)
     values = dict(stats.values)
     if ids is not None and not several:
         values["target"] = values["target"].squeeze(1)
     tail = ids.shape[1:] if several and ids is not None else ()
     shaped = {n: t.reshape(head.lead + (tail if n == "target" else ())) for n, t in values.items()}
     teacher_sum = None if stats.teacher_sum is None else stats.teacher_sum.reshape(head.lead)
-    return RowStatistics(shaped, v, stats.class_vector_sum, teacher_sum)
+    vector_sum = stats.class_vector_sum
+    if vector_sum is not None and vector_sum.ndim:
+        vector_sum = vector_sum.reshape(head.lead)
+    return RowStatistics(shaped, v, vector_sum, teacher_sum)
+
+
+def statistics_of_all(
+    head: HeadInputs,
+    shards: Shards | None,
+    ids: Tensor | None,
+    names: Sequence[str],
+    class_vector: Tensor | None,
+    teacher: Tensor | None,
+    backend: str,
+) -> RowStatistics:
+    """As `head_statistics`, over the classes of all ranks; ids are of all classes."""
+    here = ids if ids is None else local_ids(ids, shards)
+    return of_all(head_statistics(head, here, names, class_vector, teacher, backend), shards)
 
 
 def head_statistics(
@@ -225,6 +260,7 @@ def linear_loss(
     softcap: float | None = None,
     class_vector: Tensor | None = None,
     near_threshold: float | str | None = None,
+    class_group: Any = None,
     options: LinearLossOptions | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -254,6 +290,10 @@ def linear_loss(
         class_vector: a, (V,), for ``"weighted_sum"``; no gradient. Default: ``None``.
         near_threshold: as in `linear_cross_entropy`; what a row is held against is the largest
             coefficient of its chunk. Default: ``None``.
+        class_group: as in `linear_cross_entropy`; ``weight`` and ``class_vector`` are those of this
+            rank's classes. ``loss_fn`` sees the statistics of all classes, on every rank: it, its
+            parameters and row inputs must be the same there, and so are their gradients.
+            Default: ``None``.
         options: schedule and memory. Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
             Default: ``'auto'``.
@@ -281,10 +321,13 @@ def linear_loss(
     parameters = tuple(parameters)
     for i, p in enumerate(parameters):
         check_tensor(f"parameters[{i}]", p)
-    head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
-    head = head._replace(near=near_request(near_threshold, checked_options(options)))
-    v, lead = linear_weight.shape[0], head.lead
-    check_devices(input, target=target)
+    head, shards = spread_head(
+        input, linear_weight, linear_bias, logit_scale, softcap, class_group,
+        {"weight": weight, "class_vector": class_vector},
+    )  # fmt: skip
+    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    v, own, lead = classes_of_all(head, shards), head.w.shape[0], head.lead
+    check_devices(head.x, target=target)
     ids = None if target is None else class_ids(target, lead, v, ignore_index, several=True)
     several = target is not None and target.ndim == len(lead) + 1
     if target is not None and several and weight is not None:
@@ -292,16 +335,21 @@ def linear_loss(
             f"weight needs one target per row, got target of shape {tuple(target.shape)}; "
             "pass sample_weight"
         )
+    if shards is not None:
+        check_target(ids, v)
     row_weights = row_weight(sample_weight, lead, head.x)
-    u, divisor = row_factors(ids, row_weights, class_weight(weight, v, head.x), head.x)
+    at = at_targets(class_weight(weight, own, head.x), ids, shards)
+    u, divisor = row_factors(ids, row_weights, at, head.x)
     extra = _flat_rows(row_inputs or {}, lead, head.x)
     listed = collected(names, target)
-    a = class_vector_checked(class_vector, v, head.x)
+    a = class_vector_checked(class_vector, own, head.x)
 
     def losses(values: Sequence[Tensor], rows: slice | Tensor, given: Sequence[Tensor]) -> Tensor:
         """u F of some rows; ignored rows feed F finite dummies and are cut."""
-        named = dict(zip(outputs(listed), values, strict=True))
-        active = None
+        stats = RowStatistics(dict(zip(outputs(listed), values, strict=True)), own,
+                              None if a is None else a.sum())  # fmt: skip
+        stats = of_all(stats, shards)
+        named, active = dict(stats.values), None
         if ids is not None:
             active = has_target(ids[rows])
             if not several:
@@ -311,7 +359,7 @@ def linear_loss(
                      for n, t in named.items()}  # fmt: skip
         with without_autocast(head.x.device):  # the same F in either schedule
             found = loss_fn(
-                RowStatistics(named, v, None if a is None else a.sum()),
+                RowStatistics(named, v, stats.class_vector_sum),
                 **dict(zip(extra, given, strict=False)),
             )
         check_tensor("what loss_fn returns", found)
@@ -323,10 +371,12 @@ def linear_loss(
         found = found if u is None else found * given[-1]
         return found if active is None else torch.where(active, found, 0.0)
 
+    here = ids if ids is None else local_ids(ids, shards)
     found = swept_losses(
-        head, ids, listed, losses, class_vector=a, parameters=parameters,
+        head, here, listed, losses, class_vector=a, parameters=parameters,
         row_tensors=[*extra.values(), *([] if u is None else [u])], rowwise=rowwise,
         reduced=reduction != "none", options=options, backend=backend, counted=ids,
+        num_classes=None if shards is None else max(shards.counts),
     )  # fmt: skip
     if reduction == "none":
         return found.reshape(lead)
@@ -418,13 +468,12 @@ def _flat_rows(
 
 
 def row_factors(
-    ids: Tensor | None, row_weights: Tensor | None, weight: Tensor | None, x: Tensor
+    ids: Tensor | None, row_weights: Tensor | None, at_target: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """u_n = sample_weight · weight[y] (None for 1), and its sum over counted rows, inf where 0."""
     u = row_weights
-    if ids is not None and weight is not None:
-        at = weight[ids[:, 0].clamp(0, weight.shape[0] - 1)]
-        u = at if u is None else u * at
+    if at_target is not None:
+        u = at_target if u is None else u * at_target
     if ids is not None:
         counted = has_target(ids)
         ones = counted.to(accumulate_dtype(x.dtype))

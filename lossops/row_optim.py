@@ -48,8 +48,9 @@ class RowSGD(torch.optim.Optimizer):
             Default: ``None``.
 
     Note:
-        State: V·D velocities where there is momentum; with ``"exact"`` 4·V bytes, and 64 bytes for
-        each step taken. A step reads and writes the touched rows once.
+        State: V·D velocities where there is momentum; with ``"exact"`` 4·V bytes and at most 4 MiB
+        of steps that rows may have missed: every 65,536 of them all rows are brought up to date. A
+        step reads and writes the touched rows once.
 
     Example:
         >>> import torch, lossops
@@ -157,7 +158,7 @@ class RowSGD(torch.optim.Optimizer):
         return self._state(*_place(self, p), p)
 
     def steps(self, p: Tensor) -> Tensor:
-        """M of each step that rows of ``p`` may have missed, (T, 2, 2) float64."""
+        """M of each step that rows of ``p`` may have missed, (T, 2, 2) float64, T < 65,536."""
         products: StepProducts | None = self._products.get(p)
         if products is not None:
             return products.steps
@@ -190,6 +191,10 @@ class RowSGD(torch.optim.Optimizer):
         to_v = [decay, mu] if mu else [0.0, 1.0]  # as in torch, a velocity waits while μ is 0
         self._products[p].append([[1 - lr * decay, -lr * mu], to_v])
         self.state[p]["known"][ids] = len(self._products[p])
+        if len(self._products[p]) >= STEPS:  # no row has missed any, and they are forgotten
+            self._advance(p, None)
+            self.set_steps(p, self._products[p].steps[:0])
+            self.state[p]["known"].zero_()
 
     @torch.no_grad()
     def _advance(self, p: Tensor, ids: Tensor | None) -> None:
@@ -212,6 +217,9 @@ class RowSGD(torch.optim.Optimizer):
 
 BLOCK = 65536
 """Rows brought up to date at a time."""
+STEPS = 65536
+"""Steps remembered at most, 64 bytes each; the same number whatever V is, so that all ranks of a
+head forget them at once."""
 
 
 class RowAdamW(torch.optim.Optimizer):

@@ -410,7 +410,8 @@ class RowStatistics:
 def _as_bytes(t: Tensor, rows: torch.Size) -> Tensor:
     """(*rows, *) as (*rows, bytes)."""
     flat = t.reshape(*rows, -1) if t.numel() else t.new_empty(*rows, *t.shape[len(rows) :])
-    return flat.contiguous().view(torch.uint8)
+    # A copy: contiguous() leaves the strides of a single row as they are, and these may be 0.
+    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _exp_times(log_weight: Tensor, value: Tensor) -> Tensor:

@@ -108,7 +108,17 @@ HEADS: dict[str, dict[str, Any]] = {
     "outputs": {"outputs": ("logsumexp", "log_prob", "entropy", "argmax", "correct")},
     "two sweeps": {"options": lossops.LinearLossOptions(schedule="two_sweeps")},
     "chunks": {"options": lossops.LinearLossOptions(chunk_rows=2)},
-}
+    "weights": {"weight": torch.linspace(0.2, 3.0, V, dtype=torch.float64)},
+    "weights, rows": {"weight": torch.linspace(0.2, 3.0, V), "reduction": "none"},
+    "weights, smoothing": {
+        "weight": torch.linspace(0.2, 3.0, V, dtype=torch.float64), "label_smoothing": 0.2,
+        "options": lossops.LinearLossOptions(chunk_rows=4),
+    },
+    "weights, smoothing, two sweeps": {
+        "weight": torch.linspace(0.2, 3.0, V, dtype=torch.float64), "label_smoothing": 0.2,
+        "options": lossops.LinearLossOptions(schedule="two_sweeps"),
+    },
+}  # fmt: skip
 
 
 def vocabulary(
@@ -119,14 +129,95 @@ def vocabulary(
     leaves = [x, w[part], b[part], torch.tensor(1.3, dtype=w.dtype)]
     leaves = [t.clone().requires_grad_() for t in leaves]
     weights = torch.linspace(0.5, 2.0, len(x), dtype=x.dtype)
+    options = {n: o[part] if n == "weight" else o for n, o in HEADS[name].items()}
     found = lossops.linear_cross_entropy(
         leaves[0], leaves[1], y, linear_bias=leaves[2], logit_scale=leaves[3],
-        sample_weight=weights, class_group=group, **HEADS[name],
+        sample_weight=weights, class_group=group, **options,
     )  # fmt: skip
     values = [t for t in found if t is not None] if isinstance(found, tuple) else [found]
+    return with_gradients(values, leaves)
+
+
+def with_gradients(values: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Results, and the gradients of a sum in which each value has a weight of its own."""
     smooth = [t for t in values if t.requires_grad]
     total = sum((t * torch.linspace(1, 2, t.numel()).reshape(t.shape)).sum() for t in smooth)
     return [*(t.detach() for t in values), *torch.autograd.grad(total, leaves)]
+
+
+def focal(s: lossops.RowStatistics, gamma: Tensor | None = None) -> Tensor:
+    return -((2.0 if gamma is None else gamma) * s.log_1mp).exp() * s.log_p
+
+
+def several(s: lossops.RowStatistics) -> Tensor:
+    return -torch.where(s.target > -torch.inf, s.log_p, 0.0).sum(1)
+
+
+def everything(s: lossops.RowStatistics) -> Tensor:
+    found = s.lse + s.entropy + s.variance + s.max - s.runner_up + s.lse_at(2) + s.lse_up_to(0.5)
+    return found + s.softplus + s.stable_sum + s.sum + s.moment + s.weighted_sum - s.target
+
+
+EVERY = (
+    "lse", "entropy", "variance", "max", "runner_up", "lse@2", "lse<0.5", "softplus",
+    "stable_sum", "sum", "sumsq", "weighted_sum",
+)  # fmt: skip
+CHUNKS = {"options": lossops.LinearLossOptions(chunk_rows=2)}
+OF_CLASSES = ("weight", "class_vector")
+VECTOR = torch.linspace(-1.0, 2.0, V, dtype=torch.float64)
+FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "focal": (focal, {"softcap": 3.0}),
+    "chunks": (focal, {"weight": torch.linspace(0.2, 3.0, V), **CHUNKS}),
+    "rows": (focal, {"weight": torch.linspace(0.2, 3.0, V), "reduction": "none"}),
+    "learned": (focal, {"parameters": True, **CHUNKS}),
+    "learned, rows": (focal, {"parameters": True, "reduction": "none"}),
+    "several": (several, {"reduction": "sum", **CHUNKS}),
+    "everything": (everything, {"names": EVERY, "class_vector": VECTOR, **CHUNKS}),
+    "at once": (everything, {"names": EVERY, "class_vector": VECTOR, "rowwise": False}),
+    "no target": (lambda s: s.lse - s.sum, {"names": ("lse", "sum")}),
+}  # fmt: skip
+
+
+def function_of_statistics(
+    name: str, x: Tensor, w: Tensor, y: Tensor, part: slice, group: Any = None
+) -> list[Tensor]:
+    """linear_loss of all classes from some of them: results and gradients, dw the last."""
+    function, given = FUNCTIONS[name]
+    options = {n: o[part] if n in OF_CLASSES else o for n, o in given.items()}
+    leaves = [t.clone().requires_grad_() for t in (x, w[part])]
+    gamma = torch.linspace(1.0, 2.0, len(x), dtype=x.dtype, requires_grad=True)
+    scale = torch.tensor(1.3, dtype=x.dtype, requires_grad=True)
+    if options.pop("parameters", False):
+        options |= {"parameters": [scale], "row_inputs": {"gamma": gamma}}
+        leaves = [gamma, scale, *leaves]
+    target: Tensor | None = y
+    if name == "several":
+        target = torch.stack([y.clamp_min(-1), (5 * y + 3) % V, torch.full_like(y, -1)], 1)
+    if name == "no target":
+        target = None
+
+    def loss(s: lossops.RowStatistics, **rows: Tensor) -> Tensor:
+        return function(s, **rows) * (scale if "parameters" in options else 1.0)
+
+    found = lossops.linear_loss(*leaves[-2:], target, loss, class_group=group, **options)
+    return with_gradients([found], leaves)
+
+
+def all_statistics(x: Tensor, w: Tensor, y: Tensor, part: slice, group: Any = None) -> list[Tensor]:
+    """linear_statistics where many classes have equal logits, here and on other ranks."""
+    w = w[torch.arange(V) % 4].round()
+    leaves = [t.clone().requires_grad_() for t in (x.round(), w[part])]
+    teacher = torch.linspace(0.0, 1.0, len(x) * V, dtype=x.dtype).reshape(len(x), V).softmax(1)
+    stats = lossops.linear_statistics(
+        leaves[0].unsqueeze(1), leaves[1], y.unsqueeze(1), names=("max", "runner_up", "entropy",
+        "teacher", "weighted_sum"), teacher=teacher[:, part].unsqueeze(1),
+        class_vector=VECTOR[part], class_group=group,
+    )  # fmt: skip
+    named = [stats.argmax, stats.runner_up_index, stats.logsumexp, stats.teacher]
+    named += [stats.weighted_sum, stats.max, stats.runner_up, torch.tensor(stats.num_classes)]
+    assert stats.logsumexp.shape == (len(x), 1)
+    # Equal logits share the gradient of a largest one among them in no agreed way.
+    return [t.detach() for t in named] + with_gradients(named[2:5], leaves)[3:]
 
 
 def log_probabilities(x: Tensor, w: Tensor, y: Tensor, group: Any = None) -> list[Tensor]:
@@ -161,8 +252,17 @@ def unfit(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[str]:
     raised = []
     for call in (
         lambda: lossops.linear_cross_entropy(x, w[:, 1:] if last else w, y, class_group=group),
-        lambda: lossops.linear_cross_entropy(x, w, y, class_group=group, weight=torch.ones(V)),
+        lambda: lossops.linear_loss(
+            x, w, y, focal, class_group=group, weight=torch.ones(V + 1 if last else len(w))
+        ),
+        lambda: lossops.linear_statistics(
+            x, w, y, class_group=group, class_vector=torch.ones(V + 1 if last else len(w))
+        ),
+        lambda: lossops.linear_cross_entropy(x, w, y.double(), class_group=group),
+        lambda: lossops.linear_loss(x, w, y, focal, near_threshold="auto", class_group=group),
         lambda: lossops.linear_cross_entropy(x, w, y + 99, class_group=group),
+        lambda: lossops.linear_loss(x, w, y + 99, focal, class_group=group),
+        lambda: lossops.linear_statistics(x, w, y + 99, class_group=group),
     ):
         try:
             call()
@@ -240,6 +340,9 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
     mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
     for name in HEADS:
         found[f"head-{name}"] = vocabulary(name, x, w, y, mine, group)
+    for name in FUNCTIONS:
+        found[f"function-{name}"] = function_of_statistics(name, x, w, y, mine, group)
+    found["statistics"] = all_statistics(x, w, y, mine, group)
     found["log_prob"] = log_probabilities(x, w[mine], y, group)
     found["dtensor"] = dtensors(x, w, y)
     found["checkpoint"] = checkpointed(rank, w, x[part], y[part], group)
@@ -360,6 +463,24 @@ def test_a_vocabulary_over_ranks_is_whole(world: World, name: str) -> None:
     torch.testing.assert_close(torch.cat([f[-2] for f in found]), db, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, "statistics"])
+def test_functions_of_statistics_over_ranks_are_whole(world: World, name: str) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    if name == "statistics":
+        *values, dw = all_statistics(x, w, y, slice(None))
+        found = [rank[name] for rank in ranks]
+    else:
+        *values, dw = function_of_statistics(name, x, w, y, slice(None))
+        found = [rank[f"function-{name}"] for rank in ranks]
+    for *others, _ in found:
+        for other, value in zip(others, values, strict=True):
+            torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)
+        for other, own in zip(others, found[0], strict=False):
+            assert torch.equal(other, own), "every rank has the same bits"
+    torch.testing.assert_close(torch.cat([f[-1] for f in found]), dw, rtol=1e-9, atol=1e-12)
+
+
 def test_log_probabilities_over_ranks(world: World) -> None:
     rows, ranks = world
     x, w, y = batch(rows)
@@ -383,10 +504,10 @@ def test_dtensors_sharded_by_class(world: World) -> None:
 
 def test_arguments_that_do_not_fit_all_ranks(world: World) -> None:
     _, ranks = world
-    rest = ["ValueError", "IndexError"]
+    rest = ["ValueError"] * 2 + ["IndexError"] * 3
     for rank in ranks[:-1]:
-        assert rank["unfit"] == ["RuntimeError", *rest]
-    assert ranks[-1]["unfit"] == ["ValueError", *rest]
+        assert rank["unfit"] == ["RuntimeError"] * 3 + rest
+    assert ranks[-1]["unfit"] == ["ValueError"] * 3 + rest
 
 
 def test_a_checkpoint_loads_on_another_number_of_ranks(world: World) -> None:

@@ -210,6 +210,33 @@ def test_strides_and_dense_gradients(primitives: Any) -> None:
     torch.testing.assert_close(ours, dense)
 
 
+def test_steps_are_forgotten(monkeypatch: pytest.MonkeyPatch, primitives: Any) -> None:
+    monkeypatch.setattr(row_optim, "STEPS", 8)
+    ours, dense = table(), table()
+    mine = optim.RowSGD([ours], 0.1, 0.9, 0.05, skipped="exact")
+    torchs = torch.optim.SGD([dense], 0.1, 0.9, weight_decay=0.05)
+    for step in range(90):
+        ours.grad = sparse_gradient(step)
+        dense.grad = ours.grad.to_dense()
+        mine.step()
+        torchs.step()
+        assert len(mine.steps(ours)) == (step + 1) % 8
+        assert int(mine.state[ours]["known"].max()) <= (step + 1) % 8
+        if step % 20 == 19:  # also across a checkpoint
+            state = copy.deepcopy(mine.state_dict())
+            mine = optim.RowSGD([ours], 0.1, 0.9, 0.05, skipped="exact")
+            mine.load_state_dict(state)
+    mine.refresh()
+    torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-13)
+
+
+def test_memory_of_steps() -> None:
+    products = StepProducts()
+    for _ in range(1024):
+        products.append([[1.0, 0.0], [0.0, 1.0]])
+    assert sum(8 * level.numel() for level in products.levels) <= 64 * 1024 + 1024
+
+
 @given(steps=st.integers(1, 70), at=st.lists(st.integers(0, 70), min_size=1, max_size=9))
 def test_products_of_steps(steps: int, at: list[int]) -> None:
     draw = torch.Generator().manual_seed(steps)

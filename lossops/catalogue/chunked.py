@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lossops import backends
 from lossops.autograd import apply
 from lossops.catalogue.checks import constant
+from lossops.class_parallel import at_targets
 from lossops.inputs import (
     HeadInputs,
     check_reduction,
@@ -113,7 +114,8 @@ def loss_of_logits(
     if weights is not None:
         weights = constant("sample_weight", weights)
     check_target(ids, v)
-    u, divisor = row_factors(ids, weights, class_weight(head.get("weight"), v, x), x)
+    at = at_targets(class_weight(head.get("weight"), v, x), ids, None)
+    u, divisor = row_factors(ids, weights, at, x)
     factors = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype)) if u is None else u
     if ids is not None:
         factors = torch.where(has_target(ids), factors, 0.0)
