@@ -162,6 +162,14 @@ def cuda_library() -> Extension:
     return library
 
 
+def remove_objects_older_than_headers(folder: Path) -> None:
+    """Only a CUDA build of torch tells ninja which headers a ``.cu`` includes."""
+    newest = max(path.stat().st_mtime for path in ROOT.glob("csrc/**/*.h"))
+    for path in folder.rglob("*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 def build_modules_command() -> type[build_ext]:
     """torch's build_ext with a build directory for each module, and the modules side by side."""
     from torch.utils.cpp_extension import BuildExtension
@@ -183,6 +191,8 @@ def build_modules_command() -> type[build_ext]:
             # An object is named after its source, and the modules share their sources.
             command = copy.copy(self)
             command.build_temp = str(Path(self.build_temp) / ext.name)
+            if ext.name == "lossops._cuda":
+                remove_objects_older_than_headers(Path(command.build_temp))
             super(BuildModules, command).build_extension(ext)
 
     return BuildModules
