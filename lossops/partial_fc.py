@@ -35,7 +35,7 @@ from lossops.row_optim import mapped
 from lossops.rows import select_normalized_rows, select_rows
 from lossops.samplers import positions, sample_keeping
 from lossops.schedules import LinearLossOptions, without_autocast
-from lossops.shards import shards_of
+from lossops.shards import mark_spread, shards_of
 from lossops.statistics import RowStatistics, canonical, outputs
 from lossops.topk import TopK, at_most, best_of, best_of_ranks, no_candidates
 
@@ -154,6 +154,8 @@ class PartialFC(nn.Module):
             fresh = not path.exists()
             weight = mapped(path, shape, dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(weight)
+        if self.shards.group is not None:
+            mark_spread(self.weight, self.shards.group)
         self.log_scale: nn.Parameter | None = None
         if learn_scale:
             self.log_scale = nn.Parameter(torch.tensor(math.log(margin.scale), device=device))

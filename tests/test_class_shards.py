@@ -82,6 +82,16 @@ def refused(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> str:
     return ""
 
 
+def clipped(head: PartialFC, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The norm of all gradients, and what is left of those of a parameter that all ranks have."""
+    head(x, y).backward()
+    shared = nn.Parameter(torch.ones(3, dtype=x.dtype))
+    shared.grad = torch.full_like(shared, 2.0)
+    norm = optim.clip_grad_norm_([shared, *head.parameters()], 0.1)
+    assert head.weight.grad is not None
+    return [norm, shared.grad, head.weight.grad.to_dense()]
+
+
 def train(head: PartialFC, x: Tensor, y: Tensor, ddp: bool) -> list[Tensor]:
     """Some steps of a backbone beside the head; its weights."""
     torch.manual_seed(1)
@@ -334,6 +344,7 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
     for name in RATES:
         found[name] = sampled(name, w, x[part], y[part], group)
     found["trained"] = train(make(w, group), x[part], y[part], ddp=True)
+    found["clipped"] = clipped(make(w, group, sparse=True), x[part], y[part])
     found["topk"] = tuple(make(w, group).topk(x, 20))
     found["refused"] = refused(rank, w, x[part], y[part], group)
     learned = make(w, group, learn_scale=True, margin=MARGINS["cosface"])
@@ -425,6 +436,16 @@ def test_ddp_beside_the_head_trains_as_one_process(world: World) -> None:
         torch.testing.assert_close(rank["trained"][0], body, rtol=1e-8, atol=1e-11)
     found = torch.cat([rank["trained"][1] for rank in ranks])
     torch.testing.assert_close(found, centres, rtol=1e-8, atol=1e-11)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_ranks(world: World) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    norm, shared, centres = clipped(make(w), x, y)
+    for rank in ranks:
+        torch.testing.assert_close(rank["clipped"][:2], [norm, shared])
+        assert torch.equal(rank["clipped"][1], ranks[0]["clipped"][1])
+    torch.testing.assert_close(torch.cat([rank["clipped"][2] for rank in ranks]), centres)
 
 
 def test_predictions_of_all_shards(world: World) -> None:
