@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossops.distributed import summed
 from lossops.factored import FactoredSphericalHead
 from lossops.reference import accumulate_dtype
 from lossops.row_optim import RowAdamW, RowSGD, coalesced
+from lossops.shards import spread_group
 
 __all__ = ["FactoredSGD", "RowAdamW", "RowSGD", "clip_grad_norm_"]
 
@@ -64,7 +66,9 @@ def clip_grad_norm_(
 
     norm = √(Σ ‖∂L/∂p‖²),   every gradient times min(1, max_norm / (norm + 1e-6))
 
-    Sparse gradients, which torch's refuses, cost what their rows do.
+    Sparse gradients, which torch's refuses, cost what their rows do. The norm of the centres of a
+    `lossops.PartialFC` with a ``class_group`` is that of all ranks' centres, one exchange: ranks
+    that clipped by their own would scale the backbone's gradients differently.
 
     Args:
         parameters: tensors with a ``grad``, and factored heads, whose norm costs N² E operations.
@@ -97,9 +101,9 @@ def clip_grad_norm_(
                 "of a module pass *module.parameters()"
             )
     heads = [p for p in listed if isinstance(p, FactoredSphericalHead)]
-    grads = [_values(p) for p in listed if isinstance(p, Tensor) and p.grad is not None]
-    # Half precision ends at 65504, which the norm of its gradients may pass.
-    norms = [torch.linalg.vector_norm(g, dtype=accumulate_dtype(g.dtype)) for g in grads]
+    tables = [p for p in listed if isinstance(p, Tensor)]
+    grads = [_values(p) for p in tables if p.grad is not None]
+    norms = [n for p in tables if (n := _norm(p)) is not None]
     norms += [h.grad_norm() for h in heads]
     if not norms:
         return torch.zeros(())
@@ -111,6 +115,20 @@ def clip_grad_norm_(
     for h in heads:
         h.scale_grad(factor)
     return norm
+
+
+def _norm(p: Tensor) -> Tensor | None:
+    """Norm of the gradient, (), over all ranks where it is spread; None where there is none."""
+    group = spread_group(p)
+    if p.grad is None and group is None:
+        return None
+    if p.grad is None:
+        norm = torch.zeros((), dtype=accumulate_dtype(p.dtype), device=p.device)
+    else:
+        # Half precision ends at 65504, which the norm of its gradients may pass.
+        g = _values(p)
+        norm = torch.linalg.vector_norm(g, dtype=accumulate_dtype(g.dtype))
+    return norm if group is None else summed(norm.square(), group).sqrt()
 
 
 def _values(p: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from lossops.row_optim import mapped
 from lossops.rows import select_normalized_rows, select_rows
 from lossops.samplers import positions, sample_keeping
 from lossops.schedules import LinearLossOptions, without_autocast
-from lossops.shards import shards_of
+from lossops.shards import mark_spread, shards_of
 from lossops.statistics import RowStatistics, canonical, outputs
 from lossops.topk import TopK, at_most, best_of, best_of_ranks, no_candidates
 
@@ -49,13 +49,16 @@ class PartialFC(nn.Module):
     loss = mean_n [log(e^{s ψ(c_ny)} + Σ_{j ∈ S, j ≠ y} e^{s c_nj}) - s ψ(c_ny)],   c = cosines
 
     S holds the targets of the batch and classes drawn uniformly, ``sample_rate`` of all of them (or
-    as many as the batch has rows, where that is more), new ones in every training step. Logits of S
-    are computed a chunk at a time; centres outside S are neither read nor written.
+    as many as the batch has rows, where that is more: they might all be targets, and no step waits
+    to count them), new ones in every training step. Logits of S are computed a chunk at a time;
+    centres outside S are neither read nor written.
 
     With ``class_group`` each of R ranks holds ceil(V / R) classes, the last one the rest, and gives
     its own features and labels, any number of them. The loss is that of the batch of all ranks, on
     every rank; the gradients of the features are R times its gradient, so that DDP's mean over
-    ranks is the gradient; those of the centres are the gradient itself.
+    ranks is the gradient; those of the centres are the gradient itself. Each rank draws its part of
+    S from its own V_r classes: max(N, sample_rate V_r) of them, at most V_r, N being the rows of
+    all ranks, whose targets may lie on one of them.
 
     Args:
         dim: D.
@@ -84,8 +87,10 @@ class PartialFC(nn.Module):
         ValueError, TypeError: arguments that do not fit. IndexError: a label outside [0, V).
 
     Note:
-        Memory beyond the centres, in values, for |S| classes and N rows: 3 |S| D for the rows and
-        their gradients, N D, and a chunk of N |S| logits of at most 136 MiB.
+        Memory beyond the centres, in values, for |S| classes of a rank and N rows of all: 3 |S| D
+        for the rows and their gradients, N D, and a chunk of N |S| logits of at most 136 MiB. While
+        N exceeds sample_rate V_r that is 4 N D: what a rank holds grows with the batch of all
+        ranks, as the features it gathers do, never with V.
 
     Example:
         >>> import torch, lossops
@@ -149,6 +154,8 @@ class PartialFC(nn.Module):
             fresh = not path.exists()
             weight = mapped(path, shape, dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(weight)
+        if self.shards.group is not None:
+            mark_spread(self.weight, self.shards.group)
         self.log_scale: nn.Parameter | None = None
         if learn_scale:
             self.log_scale = nn.Parameter(torch.tensor(math.log(margin.scale), device=device))

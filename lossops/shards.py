@@ -5,6 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_groups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def mark_spread(t: Tensor, group: Any) -> None:
+    """Note that each rank of the group holds other rows of what ``t`` is a part of."""
+    _groups[t] = group
+
+
+def spread_group(t: Tensor) -> Any:
+    """The group over whose ranks ``t`` is spread, None for no group."""
+    return _groups.get(t)
+
 
 @dataclass(frozen=True)
 class Shards:

@@ -58,9 +58,12 @@ def gradients(head: PartialFC, x: Tensor, y: Tensor) -> list[Tensor]:
     return [loss.detach(), x.grad, head.weight.grad.to_dense()]
 
 
-def sampled(rank: int, rows: list[int], w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
+RATES = {"sampled": 0.5, "crowded": 0.05}  # crowded: fewer classes than rows of all ranks
+
+
+def sampled(name: str, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
     """One step on a sample: what each rank drew, and what came out."""
-    head = make(w, group, sample_rate=0.5, margin=MARGINS["cosface"], seed=7)
+    head = make(w, group, sample_rate=RATES[name], margin=MARGINS["cosface"], seed=7)
     head.step = 3
     found = gradients(head, x, y)
     assert head.weight.grad is not None
@@ -77,6 +80,16 @@ def refused(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> str:
     except (IndexError, RuntimeError) as error:
         return type(error).__name__
     return ""
+
+
+def clipped(head: PartialFC, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The norm of all gradients, and what is left of those of a parameter that all ranks have."""
+    head(x, y).backward()
+    shared = nn.Parameter(torch.ones(3, dtype=x.dtype))
+    shared.grad = torch.full_like(shared, 2.0)
+    norm = optim.clip_grad_norm_([shared, *head.parameters()], 0.1)
+    assert head.weight.grad is not None
+    return [norm, shared.grad, head.weight.grad.to_dense()]
 
 
 def train(head: PartialFC, x: Tensor, y: Tensor, ddp: bool) -> list[Tensor]:
@@ -328,8 +341,10 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
             )
             head = make(w, group, margin=margin, options=options)
             found[f"{name}-{schedule}"] = gradients(head, x[part], y[part])
-    found["sampled"] = sampled(rank, rows, w, x[part], y[part], group)
+    for name in RATES:
+        found[name] = sampled(name, w, x[part], y[part], group)
     found["trained"] = train(make(w, group), x[part], y[part], ddp=True)
+    found["clipped"] = clipped(make(w, group, sparse=True), x[part], y[part])
     found["topk"] = tuple(make(w, group).topk(x, 20))
     found["refused"] = refused(rank, w, x[part], y[part], group)
     learned = make(w, group, learn_scale=True, margin=MARGINS["cosface"])
@@ -379,10 +394,11 @@ def test_sharded_is_whole(world: World, name: str, schedule: str) -> None:
     held(rows, [rank[f"{name}-{schedule}"] for rank in ranks], expected)
 
 
-def test_a_sample_of_each_shard(world: World) -> None:
+@pytest.mark.parametrize("name", RATES)
+def test_a_sample_of_each_shard(world: World, name: str) -> None:
     rows, ranks = world
     x, w, y = batch(rows)
-    ids = torch.cat([rank["sampled"][0] for rank in ranks])
+    ids = torch.cat([rank[name][0] for rank in ranks])
     assert set(y[y >= 0].tolist()) <= set(ids.tolist())
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     cosines = F.normalize(x, dim=1) @ F.normalize(w, dim=1).T
@@ -391,11 +407,13 @@ def test_a_sample_of_each_shard(world: World) -> None:
     z = 8.0 * torch.where(own, cosines - 0.3, cosines).masked_fill(~kept, -torch.inf)
     loss = F.cross_entropy(torch.where(y[:, None] < 0, 0.0, z), y)
     expected = [loss.detach(), *torch.autograd.grad(loss, (x, w))]
-    held(rows, [rank["sampled"][1:] for rank in ranks], expected)
+    held(rows, [rank[name][1:] for rank in ranks], expected)
 
 
-def test_a_shard_draws_the_same_whatever_the_others_are(world: World) -> None:
-    # A draw is a function of seed, step and the shard's first class.
+@pytest.mark.parametrize("name", RATES)
+def test_a_shard_draws_the_same_whatever_the_others_are(world: World, name: str) -> None:
+    # A draw is a function of seed, step and the shard's first class. There are as many as rows of
+    # all ranks, whose targets may be anywhere, where these are more than the rate asks for.
     from lossops.reference_sampling import stream_key
 
     rows, ranks = world
@@ -404,9 +422,9 @@ def test_a_shard_draws_the_same_whatever_the_others_are(world: World) -> None:
     for r, rank in enumerate(ranks):
         first, count = r * share, min(share, V - r * share)
         local = torch.where((y >= first) & (y < first + count), y - first, -1)
-        size = min(count, max(1, len(y), count // 2))
+        size = min(count, max(len(y), int(RATES[name] * count)))
         expected = sample_keeping(local, count, size, stream_key(7, 3, first)) + first
-        assert torch.equal(rank["sampled"][0], expected)
+        assert torch.equal(rank[name][0], expected)
 
 
 def test_ddp_beside_the_head_trains_as_one_process(world: World) -> None:
@@ -418,6 +436,16 @@ def test_ddp_beside_the_head_trains_as_one_process(world: World) -> None:
         torch.testing.assert_close(rank["trained"][0], body, rtol=1e-8, atol=1e-11)
     found = torch.cat([rank["trained"][1] for rank in ranks])
     torch.testing.assert_close(found, centres, rtol=1e-8, atol=1e-11)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_ranks(world: World) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows)
+    norm, shared, centres = clipped(make(w), x, y)
+    for rank in ranks:
+        torch.testing.assert_close(rank["clipped"][:2], [norm, shared])
+        assert torch.equal(rank["clipped"][1], ranks[0]["clipped"][1])
+    torch.testing.assert_close(torch.cat([rank["clipped"][2] for rank in ranks]), centres)
 
 
 def test_predictions_of_all_shards(world: World) -> None:
