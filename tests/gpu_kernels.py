@@ -349,6 +349,27 @@ def test_infinite_logits_reach_sums_over_all_classes(module: Any, name: str, val
     torch.testing.assert_close(found[1], want[1], rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("names", [("weighted_sum",), ("teacher",), EVERYTHING], ids=len)
+@pytest.mark.parametrize(("offset", "masked"), [(0.0, -1e9), (1e4, -torch.inf), (1e4, -3e38)])
+def test_masked_classes_cost_sums_nothing(
+    module: Any, names: tuple[str, ...], offset: float, masked: float
+) -> None:
+    """What no weight takes, the first logit among it, is not what others are relative to."""
+    names = tuple(n for n in names if n not in ("target", "below_target"))
+    z, a, teacher = torch.randn(3, 700), torch.rand(700), torch.rand(3, 700).softmax(1)
+    z = (z * 64).round() / 64 + offset
+    for some in (slice(1), slice(650, 699)):
+        z[:, some], teacher[:, some], a[some] = masked, 0.0, 0.0
+    runs = []
+    for primitives, acc in ((module, torch.float32), (reference, torch.float64)):
+        call = (z.to(acc), None, a.to(acc), teacher.to(acc), names)
+        found = dict(zip(outputs(names), primitives.logits_statistics(*call), strict=True))
+        kept = ("weighted_sum", "teacher") if masked > -torch.inf else ("teacher",)
+        runs.append({name: found[name] for name in kept if name in found})
+    for name, ours in runs[0].items():
+        torch.testing.assert_close(ours.double(), runs[1][name], rtol=1e-5, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("names", [("target", "lse", "entropy", "max", "lse@2"), PLAIN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_negatives(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> None:

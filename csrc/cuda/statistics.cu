@@ -84,10 +84,41 @@ __device__ __forceinline__ void put(float* values, int row_of, int64_t rows, int
   values[row_of * rows + row] = x;
 }
 
-// What sums over all classes of a row are relative to: its first logit, 0 where that is not finite.
-__device__ __forceinline__ float pivot_of(const Logits& logits, const LogitMap& map, int64_t row) {
-  if (logits.classes == 0) return 0;
-  return finite(map.of(element(logits.r, logits.dtype, row * logits.stride), 0));
+// Sums over all classes of a row are relative to one of 32 of its logits, the first that is not far
+// below the largest of them: any may be masked, by -inf or by a number such as -1e9. The k-th, -inf
+// for none:
+constexpr float kFar = 64;
+
+__device__ __forceinline__ float probe(const Logits& logits, const LogitMap& map, int64_t row,
+                                       int k) {
+  const int id = k * ((logits.classes + 31) / 32);
+  if (id >= logits.classes) return -kInf<float>;
+  return map.of(element(logits.r, logits.dtype, row * logits.stride + id), id);
+}
+
+// All lanes of a warp together.
+__device__ __forceinline__ float pivot_of_warp(const Logits& logits, const LogitMap& map,
+                                               int64_t row) {
+  const float own = probe(logits, map, row, threadIdx.x % 32);
+  float largest = own;
+  for (int step = 1; step < 32; step *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  }
+  const unsigned near = __ballot_sync(0xffffffffu, own >= largest - kFar);
+  return finite(__shfl_sync(0xffffffffu, own, near == 0 ? 0 : __ffs(near) - 1));
+}
+
+// The same by one thread.
+__device__ float pivot_of(const Logits& logits, const LogitMap& map, int64_t row) {
+  float largest = -kInf<float>, pivot = 0;
+#pragma unroll 1
+  for (int k = 0; k < 32; ++k) largest = fmaxf(largest, probe(logits, map, row, k));
+#pragma unroll 1
+  for (int k = 32; k-- > 0;) {
+    const float z = probe(logits, map, row, k);
+    if (z >= largest - kFar) pivot = z;
+  }
+  return finite(pivot);
 }
 
 // What a caller gets, relative to the shift; -1 for no id.
@@ -196,7 +227,7 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
     at_target = target_logit(logits, map, targets.ids[0]);
   }
   const float pivot = S::has(keep::kSum | keep::kWeightedSum | keep::kTeacher)
-                          ? pivot_of(call.logits, map, row)
+                          ? pivot_of_warp(call.logits, map, row)
                           : 0;
   S state;
   const int per_part = logits.per_part(call.parts);
@@ -253,7 +284,9 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(StatisticsCall cal
     const float* words = words_of<kKept>(call, part, row);
     state = merge(state, read_state<kKept>(words, call.logits.rows), call.log_sums);
   }
-  finish(call, state, row, pivot_of(call.logits, LogitMap(call.logits), row));
+  const bool relative = State<kKept>::has(keep::kSum | keep::kWeightedSum | keep::kTeacher);
+  const float pivot = relative ? pivot_of(call.logits, LogitMap(call.logits), row) : 0;
+  finish(call, state, row, pivot);
 }
 
 }  // namespace
