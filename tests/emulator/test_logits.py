@@ -131,6 +131,24 @@ def slopes() -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("wanted", [16, 17])
+def test_sixteen_log_sums_have_coefficients_at_most(module: Any, wanted: int) -> None:
+    """Of any number of them."""
+    names = canonical(["lse", *(f"lse@{1 + t / 10}" for t in range(1, 20))])
+    z = torch.randn(2, 40)
+    found = module.logits_statistics(z, None, None, None, names)
+    coefficients = [None, None, *(torch.randn(2) if k < wanted else None for k in range(19))]
+    dz = [torch.empty_like(z), torch.empty_like(z)]
+    call = (z, None, None, None, names, found, coefficients)
+    if wanted > 16:
+        with pytest.raises(ValueError, match="at most 16 log-sums with a coefficient, got 17"):
+            module.logits_gradient(*call, dz[0])
+        return
+    for primitives, out in zip((module, reference), dz, strict=True):
+        primitives.logits_gradient(*call, out)
+    torch.testing.assert_close(*dz)
+
+
 @pytest.mark.parametrize("missing", [10, 11, 12])
 def test_lists_of_log_sums_are_of_one_length(loaded: Any, missing: int) -> None:
     arguments = slopes()
