@@ -41,7 +41,8 @@ CAPABILITIES = {
 if platform.machine().lower() not in ("x86_64", "amd64"):
     CAPABILITIES = {"default": []}
 
-ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"  # where TORCH_CUDA_ARCH_LIST names no others
+# Where TORCH_CUDA_ARCH_LIST names no others; of the last that nvcc knows its PTX too.
+ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0", "12.0")
 # Divisions of floats are within 2 ulp, without a branch; nothing else is relaxed. Square roots,
 # doubles and infinities are as IEEE has them.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-prec-div=false", "-Xcompiler=-fvisibility=hidden"]
@@ -76,6 +77,17 @@ def cuda_home() -> str | None:
     told = subprocess.run(command, capture_output=True, text=True).stderr
     found = re.search(r"_HERE_=(.+)", told)
     return str(Path(found[1].strip()).parent) if found else None
+
+
+def architectures() -> str:
+    """Those that nvcc has code for, as TORCH_CUDA_ARCH_LIST: before 12.8 it has none for the last.
+
+    All where it does not say, so that compiling shows why.
+    """
+    command = [str(Path(cuda_home() or "") / "bin" / "nvcc"), "--list-gpu-code"]
+    codes = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    known = [one for one in ARCHITECTURES if f"sm_{one.replace('.', '')}" in codes]
+    return ";".join(known or ARCHITECTURES) + "+PTX"
 
 
 def wanted_parts(build: str) -> list[str]:
@@ -139,7 +151,7 @@ def cuda_library() -> Extension:
 
     # A CPU torch says None, a CUDA torch the folder above nvcc, which may be a script.
     cpp_extension.CUDA_HOME = cuda_home()
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
     system = cpp_extension.include_paths()
     library = cpp_extension.CUDAExtension(
         "lossops._cuda",

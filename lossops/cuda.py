@@ -100,10 +100,11 @@ def _slopes(logits: Logits, spec: Spec) -> tuple[Any, ...]:
     ids, _, vector, taught, _, *lists = spec.arguments()
     stats, coefs, log_stats, log_coefs = (list(given) for given in lists)
     sums = log_sums(spec.names)
-    if sum(c is not None for c in log_coefs) > MOST_SLOPES:
+    wanted = sum(c is not None for c in log_coefs)
+    if wanted > MOST_SLOPES:
         raise ValueError(
             f"the CUDA kernels take at most {MOST_SLOPES} log-sums with a coefficient, got "
-            f"{len(log_coefs)}; use backend='triton'"
+            f"{wanted}; use backend='triton'"
         )
     return (
         dense_rows(logits.r), _float(logits.scale), _float(logits.b), logits.softcap, ids,

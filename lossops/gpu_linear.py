@@ -419,7 +419,7 @@ def can_pack(r: Tensor) -> bool:
 
 
 def _power_of_two(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:
-    """G (), a power of two at or above every row's sum of coefficients, without a sync.
+    """G (), a power of two at or above every row's sum of finite coefficients, without a sync.
 
     At least 2^-112 and at most 2^127: neither it nor ``HALF_UNIT`` / G is infinite or 0.
     """
@@ -427,7 +427,7 @@ def _power_of_two(names: Sequence[str], coefficients: Coefficients, like: Tensor
     for name, c in zip(outputs(names), coefficients, strict=True):
         if c is not None and name != "target" and c.numel():
             t = temperature(name) if is_log_sum(name) else 1.0
-            total = total + t * c.abs().amax()
+            total = total + t * c.nan_to_num(0.0, 0.0, 0.0).abs().amax()
     exponent = torch.frexp(total)[1].clamp(-112, 127)
     return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
 

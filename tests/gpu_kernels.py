@@ -327,6 +327,19 @@ def test_tiny_and_huge_coefficients_in_float16(module: Any, power: int) -> None:
         assert (found - plain[name]).abs().max() <= (0.2 if power == -140 else 1e-4) * largest
 
 
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+def test_poisoned_coefficients_in_float16(module: Any, size: float, poison: float) -> None:
+    """Those of one row leave the dx of all others as it is without them."""
+    case = Case(3, 8, 50, 1, torch.float16, names=("target", "lse"))
+    found = []
+    for of_first in (size, poison):
+        case.coefficients[case.outs.index("lse")] = torch.tensor([of_first, size, -size])
+        found.append(case.chunk(module, padding=2)["dx"])
+    assert not found[1][0].isfinite().any()
+    assert torch.equal(found[0][1:], found[1][1:])
+
+
 @pytest.mark.parametrize("names", [EVERYTHING, PLAIN], ids=["everything", "exponentials"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_minus_infinity(module: Any, names: tuple[str, ...], dtype: torch.dtype) -> None:

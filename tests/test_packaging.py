@@ -233,6 +233,24 @@ def test_cuda_kernels_are_built_where_nvcc_is(capsys, monkeypatch, setup_script)
     assert setup_script.wanted_parts("cpu") == ["cpu"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "architectures"),
+    [
+        ("sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 sm_121", "8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("sm_50 sm_80 sm_86 sm_87 sm_89 sm_90 sm_90a", "8.0;8.6;9.0+PTX"),  # CUDA 12.6
+    ],
+)
+def test_cuda_kernels_are_built_for_what_nvcc_knows(
+    monkeypatch, setup_script, tmp_path, listed, architectures
+):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --list-gpu-code ] && echo {listed}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(setup_script, "cuda_home", lambda: str(tmp_path))
+    assert setup_script.architectures() == architectures
+
+
 @pytest.mark.skipif(not Path("/bin/false").exists(), reason="needs a program that always fails")
 def test_failing_compiler_is_an_error_under_auto(tmp_path):
     command = ["setup.py", "--quiet", "build_ext", "-b", tmp_path, "-t", tmp_path]

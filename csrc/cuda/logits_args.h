@@ -41,4 +41,10 @@ inline Sides sides_of(const Tensor& r, const MaybeTensor& target, const MaybeTen
   return sides;
 }
 
+// Into how many parts rows or columns are split: a dimension of a grid.
+inline int checked_parts(int64_t parts) {
+  STD_TORCH_CHECK(1 <= parts && parts <= 65535, "parts must be in [1, 65535], got ", parts);
+  return static_cast<int>(parts);
+}
+
 }  // namespace lossops

@@ -21,14 +21,20 @@ void statistics(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b,
   call.logits = logits_of(r, scale, b, softcap);
   call.sides = sides_of(r, target, class_vector, teacher);
   call.log_sums.count = static_cast<int>(temperatures.size());
-  STD_TORCH_CHECK(call.log_sums.count <= kMostLogSums && limits.size() == temperatures.size(),
-                  "at most ", kMostLogSums, " log-sums, got ", temperatures.size());
+  STD_TORCH_CHECK(limits.size() == temperatures.size(), temperatures.size(), " temperatures and ",
+                  limits.size(), " limits");
+  STD_TORCH_CHECK(call.log_sums.count <= kMostLogSums, "at most ", kMostLogSums, " log-sums, got ",
+                  temperatures.size());
+  STD_TORCH_CHECK(0 <= kept && kept < 2 * keep::kFourLogSums, "no statistics are kept as ", kept);
+  const int room = kept & keep::kFourLogSums ? kMostLogSums : kept & keep::kOneLogSum ? 1 : 0;
+  STD_TORCH_CHECK(call.log_sums.count <= room, call.log_sums.count, " log-sums, room is kept for ",
+                  room);
   for (int k = 0; k < call.log_sums.count; ++k) {
     call.log_sums.temperature[k] = static_cast<float>(temperatures[k]);
     call.log_sums.limit[k] = static_cast<float>(limits[k]);
   }
   call.kept = static_cast<unsigned>(kept);
-  call.parts = static_cast<int>(parts);
+  call.parts = checked_parts(parts);
   call.states = floats("states", states);
   if (parts > 1) {
     const int64_t words = parts * state_words(call.logits.dtype, call.kept) * r.size(0);
@@ -88,10 +94,16 @@ GradientCall gradient_call(const Tensor& r, const MaybeTensor& scale, const Mayb
                                         kAverage, kMoment,  kVector,   kTeacher};
   call.terms = 0;
   for (int k = 0; k < 9; ++k) call.terms |= coefficients[k].has_value() ? kTerms[k] : 0;
-  for (size_t k = 0; k < temperatures.size(); ++k) {
+  const size_t sums = temperatures.size();
+  STD_TORCH_CHECK(
+      limits.size() == sums && log_statistics.size() == sums && log_coefficients.size() == sums,
+      "one limit, log-sum and coefficient for each temperature, got ", limits.size(), ", ",
+      log_statistics.size(), ", ", log_coefficients.size(), " for ", sums);
+  for (size_t k = 0; k < sums; ++k) {
     if (!log_coefficients[k].has_value()) continue;
     const int at = call.log_sums.count++;
     STD_TORCH_CHECK(at < kMostSlopes, "at most ", kMostSlopes, " log-sums with a coefficient");
+    STD_TORCH_CHECK(log_statistics[k].has_value(), "a log-sum with a coefficient is missing");
     call.log_sums.temperature[at] = static_cast<float>(temperatures[k]);
     call.log_sums.limit[at] = static_cast<float>(limits[k]);
     call.log_sums.lse[at] = floats("a log-sum", log_statistics[k], r.size(0));
@@ -128,7 +140,7 @@ void gradient(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, d
   call.out = out.data_ptr();
   call.out_dtype = dtype_of("out", out);
   call.out_stride = out.stride(0);
-  call.parts = static_cast<int>(parts);
+  call.parts = checked_parts(parts);
   STD_TORCH_CHECK(
       call.logits.dtype == call.out_dtype || (call.logits.dtype == Dtype::kFloat && parts == 1),
       "out must have the dtype of r, or be half precision of float32 in one part");
@@ -154,7 +166,7 @@ void columns(const Tensor& r, const MaybeTensor& scale, const MaybeTensor& b, do
   const ColumnsCall call{gradient_call(r, scale, b, softcap, target, class_vector, teacher,
                                        statistics, coefficients, temperatures, limits,
                                        log_statistics, log_coefficients, first_class, num_classes),
-                         floats("db", db, parts * r.size(1)), accumulate, static_cast<int>(parts)};
+                         floats("db", db, parts * r.size(1)), accumulate, checked_parts(parts)};
   check_devices(r, db);
   const OnDevice device(r);
   column_sums(call, device.stream());

@@ -53,7 +53,7 @@ void pair_columns_op(const Tensor& r, const MaybeTensor& scale, const MaybeTenso
   const PairColumnsCall call{products_of(r, scale, std::nullopt),
                              sides_of(r, target, std::nullopt, std::nullopt),
                              floats("shift", shift, parts * r.size(1)),
-                             floats("lse", lse, parts * r.size(1)), static_cast<int>(parts)};
+                             floats("lse", lse, parts * r.size(1)), checked_parts(parts)};
   check_devices(r, scale, target, shift, lse);
   const OnDevice device(r);
   pair_columns(call, device.stream());

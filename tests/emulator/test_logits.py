@@ -73,7 +73,15 @@ def of(r: torch.Tensor, **changed: Any) -> dict[str, Any]:
             r"values must have shape \(13, 4\), got 2 dims, ",
         ),
         ({"parts": 2}, "states must have"),
+        ({"parts": 0}, r"parts must be in \[1, 65535\], got 0"),
+        ({"kept": 1 << 14}, "no statistics are kept as 16384"),
         ({"temperatures": [1.0] * 5, "limits": [1.0] * 5}, "at most 4 log-sums, got 5"),
+        ({"temperatures": [1.0], "limits": []}, "1 temperatures and 0 limits"),
+        ({"temperatures": [1.0], "limits": [1.0]}, "1 log-sums, room is kept for 0"),
+        (
+            {"temperatures": [1.0] * 2, "limits": [1.0] * 2, "kept": 4097},
+            "2 log-sums, room is kept for 1",
+        ),
         (
             {"target": torch.zeros(4, 2).long(), "at_target": torch.empty(4, 1)},
             "at_target must have 8 elements, got 4",
@@ -108,14 +116,68 @@ def test_statistics_refuse_what_does_not_fit(
     ],
 )
 def test_gradients_refuse_what_does_not_fit(loaded: Any, at: int, value: Any, said: str) -> None:
-    arguments = [
-        torch.randn(4, 8), None, None, 0.0, None, None, None,
-        [torch.zeros(4), torch.zeros(4), *[None] * 6], [torch.zeros(4), *[None] * 11],
-        [], [], [], [], 0, 8, None, None, 1, torch.empty(4, 8),
-    ]  # fmt: skip
+    arguments = [*slopes(), None, None, 1, torch.empty(4, 8)]
     arguments[at] = value
     with pytest.raises(RuntimeError, match=said):
         torch.ops.lossops_cuda.logits_gradient(*arguments)
+
+
+def slopes() -> list[Any]:
+    """What gradients and sums of columns of four rows of eight logits have in common."""
+    return [
+        torch.randn(4, 8), None, None, 0.0, None, None, None,
+        [torch.zeros(4), torch.zeros(4), *[None] * 6], [torch.zeros(4), *[None] * 11],
+        [], [], [], [], 0, 8,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", [16, 17])
+def test_sixteen_log_sums_have_coefficients_at_most(module: Any, wanted: int) -> None:
+    """Of any number of them."""
+    names = canonical(["lse", *(f"lse@{1 + t / 10}" for t in range(1, 20))])
+    z = torch.randn(2, 40)
+    found = module.logits_statistics(z, None, None, None, names)
+    coefficients = [None, None, *(torch.randn(2) if k < wanted else None for k in range(19))]
+    dz = [torch.empty_like(z), torch.empty_like(z)]
+    call = (z, None, None, None, names, found, coefficients)
+    if wanted > 16:
+        with pytest.raises(ValueError, match="at most 16 log-sums with a coefficient, got 17"):
+            module.logits_gradient(*call, dz[0])
+        return
+    for primitives, out in zip((module, reference), dz, strict=True):
+        primitives.logits_gradient(*call, out)
+    torch.testing.assert_close(*dz)
+
+
+@pytest.mark.parametrize("missing", [10, 11, 12])
+def test_lists_of_log_sums_are_of_one_length(loaded: Any, missing: int) -> None:
+    arguments = slopes()
+    arguments[9:13] = [1.0], [1.0], [torch.zeros(4)], [torch.zeros(4)]
+    arguments[missing] = []
+    with pytest.raises(RuntimeError, match="one limit, log-sum and coefficient for each"):
+        torch.ops.lossops_cuda.logits_gradient(*arguments, None, None, 1, torch.empty(4, 8))
+    with pytest.raises(RuntimeError, match="one limit, log-sum and coefficient for each"):
+        torch.ops.lossops_cuda.column_sums(*arguments, False, 1, torch.empty(8))
+
+
+def test_a_coefficient_needs_its_log_sum(loaded: Any) -> None:
+    arguments = slopes()
+    arguments[9:13] = [1.0], [1.0], [None], [torch.zeros(4)]
+    with pytest.raises(RuntimeError, match="a log-sum with a coefficient is missing"):
+        torch.ops.lossops_cuda.column_sums(*arguments, False, 1, torch.empty(8))
+
+
+@pytest.mark.parametrize("parts", [0, 65536])
+def test_parts_are_those_of_a_grid(loaded: Any, parts: int) -> None:
+    ops, none = torch.ops.lossops_cuda, torch.empty(parts * 8)
+    calls: list[Callable[[], object]] = [
+        lambda: ops.logits_gradient(*slopes(), None, None, parts, torch.empty(4, 8)),
+        lambda: ops.column_sums(*slopes(), False, parts, none),
+        lambda: ops.pair_columns(torch.randn(4, 8), None, None, parts, none, none.clone()),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"parts must be in \[1, 65535\]"):
+            call()
 
 
 # More parts of a row than its classes suggest: ties, log-sums and extremes meet across them.
