@@ -26,8 +26,8 @@ FLOAT_ROWS = (
     "shift", "lse", "mean", "variance", "max", "runner_up", "below_target", "average", "moment",
     "softplus", "stable_sum", "weighted_sum", "teacher",
 )  # fmt: skip
-READABLE = (torch.float32, torch.float16, torch.bfloat16)
 ID_ROWS = ("argmax", "runner_up_index", "below_target_index")
+READABLE = (torch.float32, torch.float16, torch.bfloat16)  # of a teacher
 
 
 class Logits(NamedTuple):

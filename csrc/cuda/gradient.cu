@@ -2,8 +2,8 @@
 //
 //   blocks of 256 threads, `parts` a row; short rows share a block, a warp or more each
 //   half precision over the products it comes from: one block a row, which reads a tile as a whole
-//   before it overwrites any of it, so that dr at 2 j never lands on what is still to be read at 4
-//   j
+//   before it overwrites any of it, so that dr at byte 2 j never lands on what is still to be read
+//   at byte 4 j
 //
 // Bytes a logit of b bytes: b, and b or 2 of dr; with a teacher its own. dr of an element depends
 // on nothing but its row's statistics: any order gives the same bits.

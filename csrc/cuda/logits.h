@@ -62,7 +62,7 @@ struct StatisticsCall {
   float* at_target;  // (rows, num_targets): z there, -inf for none
 };
 
-// 32-bit words of a state of the smallest compiled set that holds `kept`.
+// 32-bit words that a part leaves of a row, for the smallest compiled set that holds `kept`.
 int state_words(Dtype dtype, unsigned kept);
 
 void logits_statistics(const StatisticsCall& call, cudaStream_t stream);

@@ -97,8 +97,7 @@ __device__ __forceinline__ float probe(const Logits& logits, const LogitMap& map
 }
 
 // All lanes of a warp together.
-__device__ __forceinline__ float pivot_of_warp(const Logits& logits, const LogitMap& map,
-                                               int64_t row) {
+__device__ __forceinline__ float pivot_of(const Logits& logits, const LogitMap& map, int64_t row) {
   const float own = probe(logits, map, row, threadIdx.x % 32);
   float largest = own;
   for (int step = 1; step < 32; step *= 2) {
@@ -106,19 +105,6 @@ __device__ __forceinline__ float pivot_of_warp(const Logits& logits, const Logit
   }
   const unsigned near = __ballot_sync(0xffffffffu, own >= largest - kFar);
   return finite(__shfl_sync(0xffffffffu, own, near == 0 ? 0 : __ffs(near) - 1));
-}
-
-// The same by one thread.
-__device__ float pivot_of(const Logits& logits, const LogitMap& map, int64_t row) {
-  float largest = -kInf<float>, pivot = 0;
-#pragma unroll 1
-  for (int k = 0; k < 32; ++k) largest = fmaxf(largest, probe(logits, map, row, k));
-#pragma unroll 1
-  for (int k = 32; k-- > 0;) {
-    const float z = probe(logits, map, row, k);
-    if (z >= largest - kFar) pivot = z;
-  }
-  return finite(pivot);
 }
 
 // What a caller gets, relative to the shift; -1 for no id.
@@ -151,15 +137,18 @@ __device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_
     put(call.values, kBelowTargetRow, n, row, s.below.value - shift);
     call.ids[2 * n + row] = id_of(s.below.id);
   }
-  if constexpr (S::has(keep::kSum))
+  if constexpr (S::has(keep::kSum)) {
     put(call.values, kAverageRow, n, row, static_cast<float>(s.average + up));
+  }
   if constexpr (S::has(keep::kSumsq)) put(call.values, kMomentRow, n, row, s.moment);
   if constexpr (S::has(keep::kSoftplus)) put(call.values, kSoftplusRow, n, row, s.softplus);
   if constexpr (S::has(keep::kStableSum)) put(call.values, kStableSumRow, n, row, s.stable);
-  if constexpr (S::has(keep::kWeightedSum))
+  if constexpr (S::has(keep::kWeightedSum)) {
     put(call.values, kWeightedSumRow, n, row, moved(s.weighted, s.weights));
-  if constexpr (S::has(keep::kTeacher))
+  }
+  if constexpr (S::has(keep::kTeacher)) {
     put(call.values, kTeacherRow, n, row, moved(s.taught, s.teacher));
+  }
   for (int k = 0; k < S::kSums; ++k) {
     if (k >= call.log_sums.count) continue;
     const float from = call.log_sums.limit[k] < kInf<float> ? finite(s.largest[k]) - shift : 0;
@@ -167,10 +156,13 @@ __device__ void finish(const StatisticsCall& call, const State<kKept>& s, int64_
   }
 }
 
-// A state of a part of a row, word by word, rows side by side.
+// A state of a part of a row, word by word, rows side by side; after them what it is relative to.
+template <unsigned kKept>
+constexpr int kPartWords = State<kKept>::kWords + 1;
+
 template <unsigned kKept>
 __device__ __forceinline__ float* words_of(const StatisticsCall& call, int part, int64_t row) {
-  return call.states + static_cast<int64_t>(part) * State<kKept>::kWords * call.logits.rows + row;
+  return call.states + static_cast<int64_t>(part) * kPartWords<kKept> * call.logits.rows + row;
 }
 
 __device__ __forceinline__ void write_word(float* at, float x) { *at = x; }
@@ -227,7 +219,7 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
     at_target = target_logit(logits, map, targets.ids[0]);
   }
   const float pivot = S::has(keep::kSum | keep::kWeightedSum | keep::kTeacher)
-                          ? pivot_of_warp(call.logits, map, row)
+                          ? pivot_of(call.logits, map, row)
                           : 0;
   S state;
   const int per_part = logits.per_part(call.parts);
@@ -270,7 +262,9 @@ __global__ void __launch_bounds__(kThreads<kKept>, kBlocks<kKept>)
   if (call.parts == 1) {
     finish(call, state, row, pivot);
   } else {
-    write_state(words_of<kKept>(call, part, row), call.logits.rows, state);
+    float* words = words_of<kKept>(call, part, row);
+    write_state(words, call.logits.rows, state);
+    words[S::kWords * call.logits.rows] = pivot;
   }
 }
 
@@ -279,21 +273,21 @@ template <unsigned kKept>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(StatisticsCall call) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
   if (row >= call.logits.rows) return;
+  const int64_t hop = call.logits.rows;
   State<kKept> state;
   for (int part = 0; part < call.parts; ++part) {
-    const float* words = words_of<kKept>(call, part, row);
-    state = merge(state, read_state<kKept>(words, call.logits.rows), call.log_sums);
+    const State<kKept> other = read_state<kKept>(words_of<kKept>(call, part, row), hop);
+    state = merge(state, other, call.log_sums);
   }
-  const bool relative = State<kKept>::has(keep::kSum | keep::kWeightedSum | keep::kTeacher);
-  const float pivot = relative ? pivot_of(call.logits, LogitMap(call.logits), row) : 0;
-  finish(call, state, row, pivot);
+  // All parts have the same.
+  finish(call, state, row, words_of<kKept>(call, 0, row)[State<kKept>::kWords * hop]);
 }
 
 }  // namespace
 
 int state_words(Dtype dtype, unsigned kept) {
   int words = 0;
-  with_type_and_set(dtype, kept, [&](auto, auto set) { words = State<set()>::kWords; });
+  with_type_and_set(dtype, kept, [&](auto, auto set) { words = kPartWords<set()>; });
   return words;
 }
 
