@@ -1,7 +1,8 @@
 """Who can run a call, and why not.
 
-A backend is a module with the functions of `lossops.reference`. ``auto`` takes the first backend
-of ``BACKENDS`` without an objection; naming one that cannot run the call raises its objection.
+A backend is a module, or an object, with the functions of `lossops.reference`. ``auto`` takes the
+first backend of ``BACKENDS`` without an objection; naming one that cannot run the call raises its
+objection.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -28,12 +30,13 @@ class Backend:
     Attributes:
         name: what users pass as ``backend=``.
         objection: why it cannot run on a device with a dtype, a sentence, or None.
-        primitives: returns the module; called only where there is no objection.
+        primitives: returns the module, or object, that has them; called only where there is no
+            objection.
     """
 
     name: str
     objection: Callable[[torch.device, torch.dtype], str | None]
-    primitives: Callable[[], ModuleType]
+    primitives: Callable[[], Any]
 
 
 def cpu_module_names() -> tuple[str, ...]:
@@ -139,8 +142,8 @@ def _triton_device_objection(device: torch.device) -> str | None:
 _triton_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _triton_primitives() -> ModuleType:
-    return importlib.import_module("lossops_triton")
+def _triton_primitives() -> Any:
+    return importlib.import_module("lossops_triton").primitives
 
 
 def _has_cuda_ops() -> bool:
@@ -201,8 +204,8 @@ def _cuda_device_objection(device: torch.device) -> str | None:
 _cuda_device_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _cuda_primitives() -> ModuleType:
-    return importlib.import_module("lossops.cuda")
+def _cuda_primitives() -> Any:
+    return importlib.import_module("lossops.cuda").primitives
 
 
 def _reference_primitives() -> ModuleType:

@@ -29,8 +29,8 @@ from lossops.gpu_layout import (
     parts_of,
     readable,
 )
-from lossops.gpu_linear import Kernels, LinearPrimitives, linear_products
-from lossops.gpu_pairs import PairKernels, PairPrimitives, merged_log_sums
+from lossops.gpu_linear import Kernels
+from lossops.gpu_pairs import GpuPrimitives, PairKernels, merged_log_sums
 
 # As in csrc/cuda/{state,logits}.h.
 ONE_LOG_SUM, FOUR_LOG_SUMS, MOST_LOG_SUMS, MOST_SLOPES, STATE_WORDS = 4096, 8192, 4, 16, 32
@@ -191,33 +191,7 @@ def pair_gradient(
     _ops().pair_gradient(logits.r, _float(logits.scale), ids, *row, *column, out)
 
 
-kernels = Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets)
-_linear = LinearPrimitives(kernels)
-_pairs = PairPrimitives(kernels, PairKernels(binary, pair_columns, pair_gradient))
-
-linear_binary = _pairs.linear_binary
-linear_chunk_gradient = _linear.linear_chunk_gradient
-linear_chunk_negatives = _linear.linear_chunk_negatives
-linear_chunk_statistics = _linear.linear_chunk_statistics
-linear_gradient = _linear.linear_gradient
-linear_negatives = _linear.linear_negatives
-linear_pair_gradient = _pairs.linear_pair_gradient
-linear_pair_statistics = _pairs.linear_pair_statistics
-linear_statistics = _linear.linear_statistics
-logits_gradient = _linear.logits_gradient
-logits_statistics = _linear.logits_statistics
-
-__all__ = [
-    "linear_binary",
-    "linear_chunk_gradient",
-    "linear_chunk_negatives",
-    "linear_chunk_statistics",
-    "linear_gradient",
-    "linear_negatives",
-    "linear_pair_gradient",
-    "linear_pair_statistics",
-    "linear_products",
-    "linear_statistics",
-    "logits_gradient",
-    "logits_statistics",
-]
+primitives = GpuPrimitives(
+    Kernels(chunk_statistics, chunk_gradient, column_sums, add_targets),
+    PairKernels(binary, pair_columns, pair_gradient),
+)

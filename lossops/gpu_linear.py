@@ -54,11 +54,53 @@ class Kernels:
     add_targets: Callable[..., None]
 
 
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (float32) = a b, or out += a b; half-precision factors are not rounded up first."""
+    beta = 1 if accumulate else 0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=1, out=out)
+    else:  # the interpreter's device has no such product
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def linear_products(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor | None,
+    buffer: Tensor,
+    row_factor: Tensor,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """dx, dw and db of dr = row_factor · buffer, a float32 buffer; the targets are the caller's."""
+    factor = row_factor.unsqueeze(1)
+    acc = buffer.dtype
+    xs = factor * scaled_rows(x, scale, acc)
+    if dx is not None:
+        dx.zero_()
+    for c in range(0, w.shape[0], TILE):
+        tile = slice(c, c + TILE)
+        if dx is not None:
+            product(buffer[:, tile], w[tile].to(acc), dx, True)
+        if dw is not None:
+            product(buffer[:, tile].T, xs, dw[tile], accumulate)
+    if dx is not None:
+        dx *= factor
+    if db is not None:
+        db.copy_(row_factor @ buffer + (db if accumulate else 0))
+
+
 @dataclass(frozen=True)
 class LinearPrimitives:
     """The primitives of `lossops.reference` on x and w, by these kernels."""
 
     kernels: Kernels
+
+    linear_products = staticmethod(linear_products)
 
     def logits_statistics(
         self,
@@ -289,46 +331,6 @@ class LinearPrimitives:
             logits, spec, out, unit=unit, first_class=first, num_classes=num_classes
         )
         return out, factor
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out (float32) = a b, or out += a b; half-precision factors are not rounded up first."""
-    beta = 1 if accumulate else 0
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=1, out=out)
-    else:  # the interpreter's device has no such product
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-
-
-def linear_products(
-    x: Tensor,
-    w: Tensor,
-    scale: Tensor | None,
-    buffer: Tensor,
-    row_factor: Tensor,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-    accumulate: bool,
-) -> None:
-    """dx, dw and db of dr = row_factor · buffer, a float32 buffer; the targets are the caller's."""
-    factor = row_factor.unsqueeze(1)
-    acc = buffer.dtype
-    xs = factor * scaled_rows(x, scale, acc)
-    if dx is not None:
-        dx.zero_()
-    for c in range(0, w.shape[0], TILE):
-        tile = slice(c, c + TILE)
-        if dx is not None:
-            product(buffer[:, tile], w[tile].to(acc), dx, True)
-        if dw is not None:
-            product(buffer[:, tile].T, xs, dw[tile], accumulate)
-    if dx is not None:
-        dx *= factor
-    if db is not None:
-        db.copy_(row_factor @ buffer + (db if accumulate else 0))
 
 
 def slabs(x: Tensor, w: Tensor) -> Iterator[tuple[slice, Tensor]]:

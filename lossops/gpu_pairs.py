@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lossops.gpu_layout import Logits, given, no_columns
-from lossops.gpu_linear import Kernels, Sweep, can_pack, inside, slabs
+from lossops.gpu_linear import LinearPrimitives, Sweep, can_pack, inside, slabs
 from lossops.reference_pairs import target_logits
 
 
@@ -39,10 +39,9 @@ class PairKernels:
 
 
 @dataclass(frozen=True)
-class PairPrimitives:
-    """The primitives of `lossops.reference_pairs`, by these kernels."""
+class GpuPrimitives(LinearPrimitives):
+    """All primitives of a backend: those of `lossops.reference_pairs`, too."""
 
-    kernels: Kernels
     pairs: PairKernels
 
     def linear_binary(

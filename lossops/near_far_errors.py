@@ -10,8 +10,7 @@ certificate  ΔM = M - far form of a block I and a group J has no row and no col
 from __future__ import annotations
 
 import math
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,7 +134,7 @@ def ratio(part: Tensor, whole: Tensor) -> float:
 class Trial:
     """Finds out whether the far form of some rows is good, and at which threshold."""
 
-    def __init__(self, xs: Tensor, w: Tensor, primitives: ModuleType, near: NearFar) -> None:
+    def __init__(self, xs: Tensor, w: Tensor, primitives: Any, near: NearFar) -> None:
         self.probe, self.primitives, self.near = Probe(xs, w), primitives, near
         self.thresholds = THRESHOLDS if near.target_error else (near.threshold,)
 

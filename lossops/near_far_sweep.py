@@ -10,7 +10,7 @@ two sweeps   slabs of classes outside, M computed again: 2 GEMMs and a little.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def one_sweep(
     wanted: Sequence[str],
     row_function: RowFunction,
     needs: Needs,
-    primitives: ModuleType,
+    primitives: Any,
     chunk_rows: int,
     index: Tensor | None,
     near: NearFar,
@@ -94,7 +94,7 @@ def any_one_sweep(
     wanted: Sequence[str],
     row_function: RowFunction,
     needs: Needs,
-    primitives: ModuleType,
+    primitives: Any,
     chunk_rows: int,
     index: Tensor | None,
     near: NearFar,
@@ -110,7 +110,7 @@ def any_one_sweep(
 class _Chunks:
     """The gradients of ordered rows, filled chunk by chunk."""
 
-    def __init__(self, head: Head, needs: Needs, primitives: ModuleType, near: NearFar) -> None:
+    def __init__(self, head: Head, needs: Needs, primitives: Any, near: NearFar) -> None:
         self.head, self.primitives = head, primitives
         x, w = head.x, head.w
         acc = accumulate_dtype(x.dtype)
@@ -229,7 +229,7 @@ class _Chunks:
         self.flushed, self.kept, self.live = rows.stop, [], False
 
 
-def _near_products(primitives: ModuleType) -> Callable[..., float]:
+def _near_products(primitives: Any) -> Callable[..., float]:
     """The backend's own form of `near_products`, where it has one."""
     found: Callable[..., float] = getattr(primitives, "near_products", near_products)
     return found
@@ -253,7 +253,7 @@ def two_sweeps_gradient(
     statistics: Sequence[Tensor],
     coefficients: Coefficients,
     needs: Needs,
-    primitives: ModuleType,
+    primitives: Any,
     near: NearFar,
 ) -> Gradients:
     """As `schedules.two_sweeps_gradient`, with near and far gradients."""
@@ -325,7 +325,7 @@ def _slab(
     classes: slice,
     xs: Tensor,
     limit: Tensor,
-    primitives: ModuleType,
+    primitives: Any,
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
@@ -358,7 +358,7 @@ def _threshold(
     xs: Tensor,
     at_target: Tensor | None,
     g: Tensor,
-    primitives: ModuleType,
+    primitives: Any,
     trial: Trial,
 ) -> float | None:
     """The threshold, tried on one block of every 8; None where the gradient has to be dense."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ HeadArguments = tuple[
 ]
 
 
-def _primitives(backend: str, x: Tensor) -> ModuleType:
+def _primitives(backend: str, x: Tensor) -> Any:
     return backends.select(backend, x.device, x.dtype).primitives()
 
 

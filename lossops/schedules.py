@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -168,7 +167,7 @@ def one_sweep(
     wanted: Sequence[str],
     row_function: RowFunction,
     needs: Needs,
-    primitives: ModuleType,
+    primitives: Any,
     chunk_rows: int,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Gradients]:
@@ -225,7 +224,7 @@ def two_sweeps_gradient(
     statistics: Sequence[Tensor],
     coefficients: Sequence[Tensor | None],
     needs: Needs,
-    primitives: ModuleType,
+    primitives: Any,
 ) -> Gradients:
     """Gradients from statistics and coefficients, rounded to the dtypes of the inputs."""
     x, w, b, scale = head.x, head.w, head.b, head.scale

@@ -1,6 +1,6 @@
 """The kernels of a GPU backend against `lossops.reference`: tests that Triton and CUDA share.
 
-A suite imports all of this and has the fixtures ``module``, the backend, ``kernels``, and
+A suite imports all of this and has the fixtures ``module``, the backend's primitives, and
 ``shuffled``, a context in which blocks of a launch run in another order.
 
 The oracle is the reference in float64, the budget twice the error of the reference in the inputs'
@@ -45,6 +45,12 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 Found = dict[str, Tensor]
 Shuffled = Callable[[int | None], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="session")
+def kernels(module: Any) -> Kernels:
+    """The kernels of the backend."""
+    return module.kernels
 
 
 def rounded(dr: Tensor, dtype: torch.dtype) -> Tensor:

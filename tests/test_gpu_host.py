@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,14 +31,14 @@ class Host(NamedTuple):
     """A backend whose kernels are only noted down.
 
     Attributes:
-        module: its primitives.
+        primitives: those of the backend.
         launched: the names of the kernels, or ops, that would have run on an H100.
         gradient: the one that makes dr.
         straight: the one that makes statistics straight from x and w, if any.
         binary: the one of a sum over single logits.
     """
 
-    module: ModuleType
+    primitives: Any
     launched: list[str]
     gradient: str
     straight: str | None
@@ -79,7 +78,11 @@ def of_triton(monkeypatch: pytest.MonkeyPatch) -> Host:
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(module, "on", lambda device: nullcontext(), raising=False)
     return Host(
-        lossops_triton, names, "chunk_gradient_kernel", "fused_statistics_kernel", "binary_kernel"
+        lossops_triton.primitives,
+        names,
+        "chunk_gradient_kernel",
+        "fused_statistics_kernel",
+        "binary_kernel",
     )
 
 
@@ -89,7 +92,7 @@ def of_cuda(monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(gpu_layout, "multiprocessors", lambda device: 132)
     anywhere = replace(backends.BACKENDS["cuda"], objection=lambda device, dtype: None)
     monkeypatch.setitem(backends.BACKENDS, "cuda", anywhere)
-    return Host(lossops.cuda, ops.launched, "logits_gradient", None, "binary")
+    return Host(lossops.cuda.primitives, ops.launched, "logits_gradient", None, "binary")
 
 
 @pytest.fixture(params=[of_triton, of_cuda], ids=["triton", "cuda"])
@@ -127,7 +130,7 @@ def test_one_sweep_waits_for_nothing(dtype, names, host):
 
     wanted = [out for out in outputs(names) if out != "shift"]
     losses, gradients = schedules.one_sweep(
-        head(dtype, names), wanted, row_function, ALL, host.module, 128
+        head(dtype, names), wanted, row_function, ALL, host.primitives, 128
     )
     assert losses.shape == (N,)
     assert [g.shape for g in gradients if g is not None] == [(N, D), (V, D), (V,), ()]
@@ -137,11 +140,11 @@ def test_one_sweep_waits_for_nothing(dtype, names, host):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_two_sweeps_wait_for_nothing(dtype, host):
     names = canonical(n for n in EVERYTHING if n != "below_target")
-    found = host.module.linear_statistics(*head(dtype, names))
+    found = host.primitives.linear_statistics(*head(dtype, names))
     if host.straight:
         assert (host.straight in host.launched) == (dtype != torch.float32)
     gradients = schedules.two_sweeps_gradient(
-        head(dtype, names), found, ones(found, names), ALL, host.module
+        head(dtype, names), found, ones(found, names), ALL, host.primitives
     )
     assert all(g is not None for g in gradients)
 
@@ -150,7 +153,7 @@ def test_a_binary_sweep_waits_for_nothing(host):
     x, w, b, scale, _, target, weight, *_ = head(torch.bfloat16, [])
     dx, dw, db = (torch.empty(s, device=META) for s in ((N, D), (V, D), (V,)))
     value = torch.empty(N, 2, device=META)
-    sums = host.module.linear_binary(
+    sums = host.primitives.linear_binary(
         x, w, b, scale, target, weight, "sigmoid", [], None, value, dx, dw, db
     )
     assert sums.shape == (N,)
@@ -159,10 +162,10 @@ def test_a_binary_sweep_waits_for_nothing(host):
 
 def test_pairs_wait_for_nothing(host):
     x, w, _, scale, _, target, *_ = head(torch.bfloat16, [])
-    found = host.module.linear_pair_statistics(x, w, scale, target)
+    found = host.primitives.linear_pair_statistics(x, w, scale, target)
     dx, dw = (torch.empty(t.shape, device=META) for t in (x, w))
     given = [torch.empty(shape, device=META) for shape in ((N,), (V,), target.shape)]
-    host.module.linear_pair_gradient(x, w, scale, target, found, given, dx, dw)
+    host.primitives.linear_pair_gradient(x, w, scale, target, found, given, dx, dw)
     assert [t.shape for t in found[:4]] == [(N,), (N,), (V,), (V,)]
 
 
@@ -174,7 +177,7 @@ def test_logits_are_split_into_parts_by_their_sizes(monkeypatch):
     )
     for n, v in ((2, 131_072), (100, 131_072), (528, 131_072), (3, 4096)):
         z = torch.empty(n, v, device=META)
-        found = host.module.logits_statistics(z, None, None, None, canonical(("lse",)))
+        found = host.primitives.logits_statistics(z, None, None, None, canonical(("lse",)))
         assert all(t.shape == (n,) for t in found)
     assert parts == [32, 5, 1, 1]
 

@@ -15,7 +15,6 @@ plain cross-entropy as here, since every chunk reads w and reads and writes dw.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,9 +152,7 @@ def _planned_rows(head: HeadInputs, max_bytes: int) -> int:
 class _Call:
     """F, and how its rows are swept."""
 
-    def __init__(
-        self, losses: ChunkLosses, softcap: float, rows: int, primitives: ModuleType
-    ) -> None:
+    def __init__(self, losses: ChunkLosses, softcap: float, rows: int, primitives: Any) -> None:
         self.losses, self.softcap, self.rows = losses, softcap, rows
         self.primitives = primitives
 

@@ -20,19 +20,13 @@ from gpu_kernels import (
 from test_cpu_backend import FLOOR, PLAIN, Case, assert_all_no_worse
 
 import lossops.cuda
-from lossops.gpu_linear import Kernels
 from lossops.statistics import canonical, outputs
 
 
 @pytest.fixture(scope="session")
 def module(loaded: Any) -> Any:
     """The backend."""
-    return lossops.cuda
-
-
-@pytest.fixture(scope="session")
-def kernels(module: Any) -> Kernels:
-    return lossops.cuda.kernels
+    return lossops.cuda.primitives
 
 
 @pytest.fixture
@@ -220,7 +214,7 @@ def test_poison_in_parts(module: Any, many_parts: int, value: float) -> None:
         torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
-def test_columns_in_parts(module: Any, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_in_parts(module: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of columns in four parts of the rows, the last one shorter."""
     monkeypatch.setattr(lossops.cuda, "PART_ROWS", 4)
     assert lossops.cuda._column_parts(torch.empty(33, 140)) == 4

@@ -14,11 +14,9 @@ from gpu_kernels import HALF, check
 from test_cpu_backend import EVERYTHING, PLAIN, Case
 from torch import Tensor
 
-import lossops_triton
 from lossops import near_far, reference
-from lossops.gpu_linear import Kernels
 from lossops.statistics import canonical
-from lossops_triton import configurations, fused
+from lossops_triton import configurations, fused, primitives
 
 FUSED = canonical(name for name in EVERYTHING if name != "below_target")
 
@@ -26,12 +24,7 @@ FUSED = canonical(name for name in EVERYTHING if name != "below_target")
 @pytest.fixture(scope="session")
 def module() -> Any:
     """The backend."""
-    return lossops_triton
-
-
-@pytest.fixture(scope="session")
-def kernels() -> Kernels:
-    return lossops_triton.kernels
+    return primitives
 
 
 @pytest.fixture
@@ -47,7 +40,7 @@ def test_parts_of_the_classes(names: tuple[str, ...], v: int) -> None:
     """Three programs a row, whose states are merged in order."""
     case = Case(2, 4, v, 2, torch.float32, names=names, bias=True)
     with memory.launches() as seen:
-        check(lossops_triton, case)
+        check(primitives, case)
     kernels = [launch.kernel for launch in seen]
     assert kernels.count("merge_kernel") == 3
     assert {len(launch.programs) for launch in seen if "statistics" in launch.kernel} == {6}
@@ -81,14 +74,14 @@ def test_fused_statistics(
     tile = configurations.tile_of(*case.args[:2], len(case.names) - 2 + bool(case.args[4]))
     assert tile.descriptors == (architecture == "sm_90")
     with memory.launches() as seen:
-        check(lossops_triton, case, ("statistics",))
+        check(primitives, case, ("statistics",))
     assert seen[1].kernel == "fused_statistics_kernel"
 
 
 @pytest.mark.parametrize("d", [1, 17, 64, 70])
 def test_fused_statistics_of_any_width(d: int, architecture: str) -> None:
     """D below a tile, odd, a tile, and rows that no descriptor can have."""
-    check(lossops_triton, Case(5, d, 70, 1, torch.bfloat16, names=PLAIN), ("statistics",))
+    check(primitives, Case(5, d, 70, 1, torch.bfloat16, names=PLAIN), ("statistics",))
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["one sign", "both signs"])
@@ -101,7 +94,7 @@ def test_near_and_far(n: int, v: int, block: int, group: int, signed: bool) -> N
     factor = torch.rand(n) - (0.5 if signed else 0.0)
     limit = torch.full((n,), 0.3)
     args = (m, factor, limit)
-    found = lossops_triton.far_sums(*args, block, group)
+    found = primitives.far_sums(*args, block, group)
     plain = reference.far_sums(*args, block, group)
     exact = reference.far_sums(*(t.double() for t in args), block, group)
     assert len(found) == len(exact)
@@ -117,7 +110,7 @@ def test_near_and_far(n: int, v: int, block: int, group: int, signed: bool) -> N
         mass = function(*of, found[0], xs.to(dtype), w.to(dtype), *into, block)
         return [*into, torch.tensor(mass, dtype=dtype)]
 
-    ours = added(lossops_triton.near_products, torch.float32)
+    ours = added(primitives.near_products, torch.float32)
     plain = added(near_far.near_products, torch.float32)
     exact = added(near_far.near_products, torch.float64)
     for name, one, same, true in zip(("dx", "dw", "db", "mass"), ours, plain, exact, strict=True):
@@ -128,7 +121,7 @@ def test_bytes() -> None:
     """A logit is read once for its statistics, once for db, and once, and written, for dr."""
     case = Case(2, 8, 4000, 1, torch.bfloat16, names=PLAIN)
     with memory.launches() as seen:
-        case.chunk(lossops_triton, padding=0)
+        case.chunk(primitives, padding=0)
     logits = 2 * 4000
     by_kernel = {launch.kernel: launch for launch in seen}
     assert by_kernel["chunk_statistics_kernel"].bytes_read == pytest.approx(4 * logits, rel=0.01)

@@ -16,7 +16,7 @@ from lossops.gpu_layout import Logits, Spec
 from lossops.statistics import STATISTICS, canonical, outputs
 from lossops_bench.kernels.facts import Facts, facts_of
 from lossops_bench.kernels.offline import Launch, pretending, target_of
-from lossops_triton import linear_binary, linear_pair_gradient, linear_pair_statistics
+from lossops_triton import primitives
 from lossops_triton.fused import fused_statistics
 from lossops_triton.pairs import KINDS
 from lossops_triton.sparse import far_sums, near_products
@@ -156,7 +156,7 @@ def _gradient(
 def _binary(kind: str) -> None:
     n, d, v = 64, 16, 4096
     x, w = torch.zeros(n, d, dtype=BF16), torch.zeros(v, d, dtype=BF16)
-    linear_binary(
+    primitives.linear_binary(
         x, w, None, _empty(1)[0], _ids(n), None, kind, [1.0, 0.0, 0.0], _empty(n), _empty(n, 1),
         _empty(n, d), torch.empty_like(w), None,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def _binary(kind: str) -> None:
 def _log_sums_of_pairs() -> None:
     n, d, v = 256, 16, 4096
     x, w = torch.zeros(n, d, dtype=BF16), torch.zeros(v, d, dtype=BF16)
-    linear_pair_statistics(x, w, _empty(1)[0], _ids(n))
+    primitives.linear_pair_statistics(x, w, _empty(1)[0], _ids(n))
 
 
 def _gradient_of_pairs() -> None:
@@ -173,7 +173,7 @@ def _gradient_of_pairs() -> None:
     x, w = torch.zeros(n, d, dtype=BF16), torch.zeros(v, d, dtype=BF16)
     statistics = [_empty(n), _empty(n), _empty(v), _empty(v), _empty(n, 1)]
     coefficients = [_empty(n), _empty(v), torch.zeros(n, 1)]
-    linear_pair_gradient(
+    primitives.linear_pair_gradient(
         x, w, _empty(1)[0], _ids(n), statistics, coefficients, _empty(n, d), torch.empty_like(w)
     )
 
