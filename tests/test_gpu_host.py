@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lossops.cuda
-from lossops import backends, gpu_layout, optim, samplers, schedules
+from lossops import backends, cuda_rows, gpu_layout, optim, rows, samplers, schedules
+from lossops.sampled import IndexedProducts
 from lossops.schedules import CPU_CHUNK, GPU_CHUNK, MIB, Head, Needs, chunk_size, one_sweep_rows
 from lossops.statistics import STATISTICS, canonical, outputs
 
@@ -182,12 +183,87 @@ def test_logits_are_split_into_parts_by_their_sizes(monkeypatch):
     assert parts == [32, 5, 1, 1]
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the CUDA ops that would have run."""
+    return of_cuda(monkeypatch).launched
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64, device=META)
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 3)])
+def test_samplers(launched, shape):
+    target = ids(*shape)
+    for sampler, draw in (
+        (samplers.Uniform(V, 50), "draw_permuted"),
+        (samplers.LogUniform(V, 50), "draw_log_uniform"),
+        (samplers.LogUniform(V, 50, unique=False), "draw_log_uniform"),
+        (samplers.Frequency(torch.rand(V) + 0.1, 50), "draw_alias"),
+        (samplers.Frequency(torch.rand(V) + 0.1, 50, unique=True), "draw_alias"),
+    ):
+        launched.clear()
+        drawn = sampler(target)
+        assert all(t.device == META for t in drawn)
+        assert drawn.ids.shape == (50,)
+        assert drawn.target_position.shape == shape
+        distinct = getattr(sampler, "unique", False)
+        assert launched == [draw, *(["mark_first", "take_first"] if distinct else []),
+                            "find_positions"]  # fmt: skip
+        assert sampler.per_row(target).ids.shape == (N, 50)
+    kept = samplers.sample_keeping(ids(N), V, 60, 3)
+    assert kept.shape == (60,)
+    assert launched[-1] == "draw_permuted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [
+    lambda p: optim.RowSGD(p, 0.1, 0.9), lambda p: optim.RowAdamW(p),
+], ids=["sgd", "adamw"])  # fmt: skip
+@pytest.mark.parametrize("sparse", [True, False])
+def test_rows_and_their_updates(launched, make, dtype, sparse):
+    w = torch.nn.Parameter(torch.empty(V, D, dtype=dtype, device=META))
+    optimizer = make([w])
+    for select in (
+        lambda: rows.select_rows(w, ids(N), sparse=sparse),
+        lambda: rows.select_normalized_rows(w, ids(N), sparse=sparse),
+    ):
+        optimizer.zero_grad()
+        select().sum().backward()
+        assert w.grad.is_sparse == sparse
+        optimizer.step()
+    assert ("scatter_rows" in launched) == (not sparse)
+    assert {"normalized_rows", "normalized_rows_gradient"} < set(launched)
+    assert launched[-1] in ("sgd_rows", "adamw_rows")
+
+
+def test_products_of_rows(launched):
+    x = torch.empty(N, D, device=META, requires_grad=True)
+    w = torch.empty(V, D, device=META, requires_grad=True)
+    IndexedProducts.apply(x, w, ids(N, 2)).sum().backward()
+    assert launched == ["add_to_rows", "add_to_classes"]
+    launched.clear()
+    dx, dw, db = (torch.empty(s, device=META) for s in ((N, D), (V, D), V))
+    scale = torch.empty((), dtype=torch.bfloat16, device=META)
+    cuda_rows.add_targets(dx, dw, db, x, scale, w, ids(N, 2), torch.empty(N, 2, device=META))
+    assert launched == ["add_to_rows", "add_to_classes"]
+
+
+def test_a_sample_for_partial_fc(launched):
+    head = lossops.PartialFC(D, V, sample_rate=0.4, device=META)
+    sample = head._sampled(ids(N, 1), 0)
+    assert sample.shape == (400,)
+    assert samplers.positions(sample, ids(N, 1)).shape == (N, 1)
+    assert launched == ["draw_permuted", "find_positions"]
+
+
 @pytest.mark.parametrize("optimizer", [optim.RowSGD, optim.RowAdamW])
 def test_training_on_samples_waits_for_nothing(optimizer, monkeypatch):
     host = of_cuda(monkeypatch)
     x, y = torch.empty(N, D, device=META), torch.empty(N, dtype=torch.int64, device=META)
     table = torch.empty(V, D, device=META, requires_grad=True)
-    head = lossops.PartialFC(D, V, sample_rate=0.1, device=META)
+    head = lossops.PartialFC(D, V, sample_rate=0.4, device=META)
     parameters = optimizer([*head.parameters(), table], 0.1)
     for sampler in (
         samplers.Uniform(V, 50), samplers.LogUniform(V, 50),
