@@ -26,12 +26,12 @@ from lossops.distributed import (
     gather_rows,
     wanting,
 )
+from lossops.files import mapped, of_rank
 from lossops.inputs import check_devices, check_float, class_ids, head_inputs
 from lossops.linear import row_factors, swept_losses
 from lossops.margins import CosFace, Margin
 from lossops.reference import accumulate_dtype
 from lossops.reference_sampling import stream_key
-from lossops.row_optim import mapped
 from lossops.rows import select_normalized_rows, select_rows
 from lossops.samplers import positions, sample_keeping
 from lossops.schedules import LinearLossOptions, without_autocast
@@ -72,7 +72,8 @@ class PartialFC(nn.Module):
         learn_scale: whether s is learned, as e^``log_scale``. Default: ``False``.
         weight_device: where the centres are, if not where the features are. Default: ``None``.
         weight_file: file the centres are mapped from, made where there is none; its values are
-            kept. Ranks add their number to the name. Default: ``None``.
+            kept. Ranks of ``class_group`` add their number to the name; what else has the file
+            mapped already is refused. Default: ``None``.
         seed: names the sequence of samples. Default: ``0``.
         options: schedule and memory. Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
@@ -148,9 +149,7 @@ class PartialFC(nn.Module):
             weight = torch.empty(shape, device=where, dtype=dtype)
             fresh = True
         else:
-            path = Path(weight_file)
-            if class_group is not None:
-                path = path.with_name(f"{path.name}.{self.shards.rank}")
+            path = of_rank(Path(weight_file), class_group)
             fresh = not path.exists()
             weight = mapped(path, shape, dtype or torch.get_default_dtype())
         self.weight = nn.Parameter(weight)

@@ -16,7 +16,6 @@ when the row is next picked.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lossops import cuda_rows
+from lossops.files import StateTensors
 from lossops.rows import keep_up_to_date, primitives
 
 SKIPPED = ("lazy", "exact")
@@ -45,6 +45,8 @@ class RowSGD(torch.optim.Optimizer):
             are those of dense SGD; rows are then brought up to date before lossops picks them, and
             by `refresh`. Default: ``'lazy'``.
         state_dir: directory for the velocities, in memory-mapped files; None keeps them in memory.
+            They begin as zeros and go on from a `state_dict`, whatever the files hold. Ranks of a
+            ``class_group`` may share it, of which another optimizer's files are refused.
             Default: ``None``.
 
     Note:
@@ -73,7 +75,7 @@ class RowSGD(torch.optim.Optimizer):
         *,
         state_dir: str | Path | None = None,
     ) -> None:
-        self._state_dir = None if state_dir is None else Path(state_dir)
+        self._tensors = StateTensors(state_dir)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "skipped": skipped,
         }  # fmt: skip
@@ -134,19 +136,20 @@ class RowSGD(torch.optim.Optimizer):
         rest = {n: {k: t for k, t in state.items() if k != "steps"}
                 for n, state in state_dict["state"].items()}  # fmt: skip
         super().load_state_dict({**state_dict, "state": rest})
-        _restore(self, rest, self._state_dir)
+        _restore(self, rest, self._tensors)
         for number, _, p in _parameters(self):
             self.set_steps(p, steps.get(number, torch.zeros(0, 2, 2)))
         self._follow()
 
     def __getstate__(self) -> dict[str, Any]:
         steps = [self.steps(p) for _, _, p in _parameters(self)]
-        return {**super().__getstate__(), "state_dir": self._state_dir, "steps": steps}
+        return {**super().__getstate__(), "state_dir": self._tensors.directory, "steps": steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         steps = state.pop("steps", None)
         if steps is not None:  # of a copy; torch calls this for a loaded state as well
-            self._state_dir, self._products = state.pop("state_dir"), WeakTensorKeyDictionary()
+            self._tensors = StateTensors(state.pop("state_dir"))
+            self._products = WeakTensorKeyDictionary()
         super().__setstate__(state)
         if steps is not None:
             for number, _, p in _parameters(self):
@@ -173,7 +176,7 @@ class RowSGD(torch.optim.Optimizer):
     def _state(self, number: int, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[p]
         if group["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = _zeros_like(p, self._state_dir, f"{number}.momentum_buffer")
+            state["momentum_buffer"] = self._tensors.zeros_like(p, number, "momentum_buffer")
         if group["skipped"] == "exact" and "known" not in state:
             state["known"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         return state
@@ -267,7 +270,7 @@ class RowAdamW(torch.optim.Optimizer):
         _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
-        self._state_dir = None if state_dir is None else Path(state_dir)
+        self._tensors = StateTensors(state_dir)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -294,26 +297,26 @@ class RowAdamW(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[p]
         if not state:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = _zeros_like(p, self._state_dir, f"{number}.{name}")
+                state[name] = self._tensors.zeros_like(p, number, name)
             state["count"] = torch.zeros(p.shape[0], dtype=torch.int32, device=p.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's."""
         super().load_state_dict(state_dict)
-        _restore(self, state_dict["state"], self._state_dir)
+        _restore(self, state_dict["state"], self._tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state_dir": self._state_dir}
+        return {**super().__getstate__(), "state_dir": self._tensors.directory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "state_dir" in state:  # of a copy; torch calls this for a loaded state as well
-            self._state_dir = state.pop("state_dir")
+            self._tensors = StateTensors(state.pop("state_dir"))
         super().__setstate__(state)
 
 
 def _restore(
-    optimizer: torch.optim.Optimizer, saved: dict[int, Any], directory: Path | None
+    optimizer: torch.optim.Optimizer, saved: dict[int, Any], tensors: StateTensors
 ) -> None:
     """Counts as they were saved, and the rest in files where it is to be there.
 
@@ -323,11 +326,11 @@ def _restore(
         for name, value in saved.get(number, {}).items():
             if not isinstance(value, Tensor):
                 continue
-            if not value.is_floating_point():
+            if value.is_floating_point():
+                state = optimizer.state[p]
+                state[name] = tensors.keep(state[name], p, number, name)
+            else:
                 optimizer.state[p][name] = value.to(p.device, copy=True)
-            elif directory is not None:
-                kept = mapped(directory / f"{number}.{name}", tuple(p.shape), p.dtype)
-                optimizer.state[p][name] = kept.copy_(value)
 
 
 def touched_rows(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,26 +438,6 @@ class StepProducts:
         for level in reversed(range(len(self.levels))):
             take(level, at + 2**level <= self.count)
         return found
-
-
-def mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor whose values are those of a file, made with zeros where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    numel = math.prod(shape)
-    size = numel * dtype.itemsize
-    if path.exists() and path.stat().st_size != size:
-        raise ValueError(
-            f"{path} must hold {size} bytes, for shape {shape} of {dtype}, got "
-            f"{path.stat().st_size}; remove it, or name another"
-        )
-    found = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
-    return found.reshape(shape)
-
-
-def _zeros_like(p: Tensor, directory: Path | None, name: str) -> Tensor:
-    if directory is None:
-        return torch.zeros_like(p, memory_format=torch.contiguous_format)
-    return mapped(directory / name, tuple(p.shape), p.dtype).zero_()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, dict[str, Any], Tensor]]:

@@ -5,6 +5,7 @@ One group of processes per world size runs every case, on loopback through gloo.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import lossops
 from lossops import ArcFace, CosFace, PartialFC, optim
 from lossops.samplers import sample_keeping
+from lossops.shards import shards_of
 
 V, D = 13, 5  # 13, 7 + 6, 5 + 5 + 3 and 4 + 4 + 4 + 1 classes
 ROWS = {1: [6], 2: [4, 7], 3: [3, 0, 5], 4: [2, 5, 1, 3]}
@@ -284,13 +286,55 @@ def unfit(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[str]:
     return raised
 
 
+def folder_of_all(rank: int) -> str:
+    """A new folder, the same one on every rank."""
+    paths = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(paths)
+    return paths[0]
+
+
+def in_files(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> dict[str, Any]:
+    """Centres after each of two runs, in files of one folder and in memory; who is refused."""
+    folder = Path(folder_of_all(rank))
+    shards = shards_of(V, group)
+
+    def run(path: Path | None, start: Tensor | None, saved: Any) -> tuple[Tensor, Any]:
+        file = None if path is None else path / "centres"
+        head = PartialFC(D, V, class_group=group, weight_file=file, dtype=w.dtype)
+        optimizer = optim.RowSGD(head.parameters(), 0.3, 0.9, state_dir=path)
+        if start is not None:
+            head.load_state_dict({"weight": start}, strict=False)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        for _ in range(3):
+            optimizer.zero_grad()
+            head(x, y).backward()
+            optimizer.step()
+        return head.weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
+
+    found: dict[str, Any] = {}
+    for name, path in (("files", folder), ("memory", None)):
+        first, state = run(path, w[shards.first : shards.end], None)
+        found[name] = [first, run(path, None if path else first, state)[0]]
+    alone = nn.Parameter(w.clone())  # in no group that lossops knows of
+    alone.grad = torch.ones_like(alone)
+    optimizer = optim.RowSGD([alone], 0.3, 0.9, state_dir=folder)
+    for turn in range(len(shards.counts)):
+        if rank == turn:
+            try:
+                optimizer.step()
+            except ValueError as error:
+                found["told"] = str(error)
+        dist.barrier()
+    return found
+
+
 def checkpointed(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
     """Trained on all ranks, saved, loaded on one rank less, and gone on with there and here."""
     import torch.distributed.checkpoint as dcp
 
     size = dist.get_world_size()
-    paths = [tempfile.mkdtemp() if rank == 0 else ""]
-    dist.broadcast_object_list(paths)
+    path = folder_of_all(rank)
 
     def make_pair(group: Any, weight: Tensor) -> tuple[PartialFC, optim.RowSGD]:
         head = make(weight, group, sample_rate=0.4, seed=3)
@@ -307,17 +351,17 @@ def checkpointed(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
     head, optimizer = make_pair(group, w)
     saved = go(head, optimizer, 5)
     # DCP itself complains of nothing but a warning where there is one rank.
-    dcp.save({"head": lossops.ShardedState(head, optimizer)}, checkpoint_id=paths[0])
+    dcp.save({"head": lossops.ShardedState(head, optimizer)}, checkpoint_id=path)
     here = go(head, optimizer, 3)
     again, other = make_pair(group, torch.zeros_like(w))
-    dcp.load({"head": lossops.ShardedState(again, other)}, checkpoint_id=paths[0])
+    dcp.load({"head": lossops.ShardedState(again, other)}, checkpoint_id=path)
     assert all(torch.equal(a, b) for a, b in zip(go(again, other, 3), here, strict=True))
     fewer = dist.new_group(list(range(max(1, size - 1))))
     loaded = None
     if rank < max(1, size - 1):
         third, last = make_pair(fewer, torch.zeros_like(w))
         dcp.load(
-            {"head": lossops.ShardedState(third, last)}, checkpoint_id=paths[0],
+            {"head": lossops.ShardedState(third, last)}, checkpoint_id=path,
             process_group=fewer,
         )  # fmt: skip
         assert third.step == 5
@@ -360,6 +404,7 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
     found["statistics"] = all_statistics(x, w, y, mine, group)
     found["log_prob"] = log_probabilities(x, w[mine], y, group)
     found["dtensor"] = dtensors(x, w, y)
+    found["files"] = in_files(rank, w, x[part], y[part], group)
     found["checkpoint"] = checkpointed(rank, w, x[part], y[part], group)
     found["unfit"] = unfit(w[mine], x, y, group)
     return found
@@ -536,6 +581,18 @@ def test_arguments_that_do_not_fit_all_ranks(world: World) -> None:
     for rank in ranks[:-1]:
         assert rank["unfit"] == ["RuntimeError"] * 3 + rest
     assert ranks[-1]["unfit"] == ["ValueError"] * 3 + rest
+
+
+def test_ranks_do_not_share_files(world: World) -> None:
+    _, ranks = world
+    for r, rank in enumerate(ranks):
+        files = rank["files"]
+        for filed, plain in zip(files["files"], files["memory"], strict=True):
+            assert torch.equal(filed, plain)
+        if r:
+            assert "0.momentum_buffer must have one owner at a time" in files["told"]
+        else:
+            assert "told" not in files
 
 
 def test_a_checkpoint_loads_on_another_number_of_ranks(world: World) -> None:

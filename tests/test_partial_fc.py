@@ -379,8 +379,12 @@ def test_centres_in_a_file(tmp_path: Path) -> None:
             h(x, y).backward()
             o.step()
     assert torch.equal(head.weight, plain.weight)
+    with pytest.raises(ValueError, match="must have one owner at a time, and a tensor of this pr"):
+        PartialFC(D, V, weight_file=path)
+    del head, h, o
     again = PartialFC(D, V, sample_rate=0.5, weight_file=path)
     assert torch.equal(again.weight, plain.weight)
+    del again
     with pytest.raises(ValueError, match="must hold"):
         PartialFC(D, V + 1, weight_file=path)
 

@@ -328,11 +328,42 @@ def test_state_in_a_file(tmp_path: Path) -> None:
         str(tmp_path / "elsewhere" / "0.momentum_buffer"), size=V * D, dtype=torch.float64
     )
     assert torch.equal(stored.reshape(V, D), buffer)
+    del ours, o  # a file has one owner
     other = nn.Parameter(torch.zeros(V + 1, D, dtype=torch.float64))
     other.grad = torch.zeros_like(other)
     larger = optim.RowSGD([other], 0.1, 0.9, state_dir=path)
     with pytest.raises(ValueError, match="must hold"):
         larger.step()
+
+
+@pytest.mark.parametrize("make", [optim.RowSGD, optim.RowAdamW])
+def test_optimizers_do_not_share_files(tmp_path: Path, make: Any) -> None:
+    options = {"momentum": 0.9} if make is optim.RowSGD else {}
+
+    def first_step(*tables: nn.Parameter) -> Any:
+        optimizer = make(tables, lr=0.1, state_dir=tmp_path, **options)
+        for p in tables:
+            p.grad = sparse_gradient(0)
+        optimizer.step()
+        return optimizer
+
+    p, q = table(), table()
+    ours = first_step(p, q)  # each parameter has its own
+    states = [t for r in (p, q) for t in ours.state[r].values()]
+    assert len({t.data_ptr() for t in states}) == len(states)
+    kept = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=r"one owner at a time.*a path of its own, or delete what"):
+        first_step(table())
+    copied = copy.deepcopy(ours)
+    with pytest.raises(ValueError, match="one owner at a time"):
+        copied.load_state_dict(kept)
+    ours.load_state_dict(ours.state_dict())
+    for number, r in enumerate((p, q)):
+        for name, value in kept["state"][number].items():
+            assert torch.equal(ours.state[r][name], value)
+    torch.optim.lr_scheduler.ExponentialLR(ours, 0.9)  # they hold each other
+    del ours, states
+    first_step(table())
 
 
 def test_clipping_sparse_gradients() -> None:
