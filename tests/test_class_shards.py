@@ -113,6 +113,44 @@ def train(head: PartialFC, x: Tensor, y: Tensor, ddp: bool) -> list[Tensor]:
     return [body.weight.detach(), head.weight.detach()]
 
 
+ROW_OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda parameters: optim.RowSGD(parameters, 0.3, 0.9, 0.01, "exact"),
+    "adamw": lambda parameters: optim.RowAdamW(parameters, 0.1),
+}
+
+
+def overflowing(
+    rank: int, make_optimizer: Any, w: Tensor, x: Tensor, y: Tensor, group: Any
+) -> dict[str, list[Any]]:
+    """Backbone, centres and scale after each of three steps; one rank overflows in the second."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    torch.manual_seed(1)
+    body: Any = nn.parallel.DistributedDataParallel(nn.Linear(D, D, dtype=x.dtype))
+    head = make(w, group, sample_rate=0.5)
+    optimizers = [torch.optim.SGD(body.parameters(), 0.1), make_optimizer(head.parameters())]
+    scaler = ShardedGradScaler("cpu", init_scale=8.0, process_group=group)
+    found: dict[str, list[Any]] = {"body": [], "centres": [], "scale": []}
+    for step in range(3):
+        for o in optimizers:
+            o.zero_grad()
+        scaler.scale(head(body(x), y)).backward()
+        assert head.weight.grad is not None
+        assert head.weight.grad.is_sparse
+        if step == 1 and rank == dist.get_world_size() - 1:
+            head.weight.grad._values()[0, 0] = torch.inf
+        for o in optimizers:
+            scaler.unscale_(o)
+        optim.clip_grad_norm_([*body.parameters(), *head.parameters()], 1.0)
+        for o in optimizers:
+            scaler.step(o)
+        scaler.update()
+        found["body"].append(body.module.weight.detach().clone())
+        found["centres"].append(head.weight.detach().clone())
+        found["scale"].append(scaler.get_scale())
+    return found
+
+
 # Any split of the classes: even, one class on a rank, most of them on another.
 SPLITS = {1: [V], 2: [4, 9], 3: [5, 1, 7], 4: [2, 3, 1, 7]}
 HEADS: dict[str, dict[str, Any]] = {
@@ -389,6 +427,8 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
         found[name] = sampled(name, w, x[part], y[part], group)
     found["trained"] = train(make(w, group), x[part], y[part], ddp=True)
     found["clipped"] = clipped(make(w, group, sparse=True), x[part], y[part])
+    for name, make_optimizer in ROW_OPTIMIZERS.items():
+        found[f"overflow-{name}"] = overflowing(rank, make_optimizer, w, x[part], y[part], group)
     found["topk"] = tuple(make(w, group).topk(x, 20))
     found["refused"] = refused(rank, w, x[part], y[part], group)
     learned = make(w, group, learn_scale=True, margin=MARGINS["cosface"])
@@ -491,6 +531,19 @@ def test_gradients_are_clipped_by_the_norm_of_all_ranks(world: World) -> None:
         torch.testing.assert_close(rank["clipped"][:2], [norm, shared])
         assert torch.equal(rank["clipped"][1], ranks[0]["clipped"][1])
     torch.testing.assert_close(torch.cat([rank["clipped"][2] for rank in ranks]), centres)
+
+
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_what_overflows_on_one_rank_all_ranks_skip(world: World, name: str) -> None:
+    _, ranks = world
+    key = f"overflow-{name}"
+    for found in (rank[key] for rank in ranks):
+        assert found["scale"] == [8.0, 4.0, 4.0]
+        for before, skipped, after in (found["body"], found["centres"]):
+            assert torch.equal(before, skipped)  # the joint norm is inf: the backbone has zeros
+            assert after.isfinite().all()
+            assert not torch.equal(skipped, after)
+        assert torch.equal(torch.stack(found["body"]), torch.stack(ranks[0][key]["body"]))
 
 
 def test_predictions_of_all_shards(world: World) -> None:
