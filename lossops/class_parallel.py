@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lossops.autograd import apply
 from lossops.distributed import SummedGradient, from_all, summed
-from lossops.inputs import HeadInputs, check_tensor, class_weight, head_inputs
+from lossops.inputs import HeadInputs, check_tensor, class_columns, class_weight, head_inputs
 from lossops.near_far import NearFar
 from lossops.shards import Shards, group_rank
 from lossops.statistics import RowStatistics
@@ -29,11 +29,12 @@ def spread_head(
     softcap: float | None,
     class_group: Any,
     vectors: Mapping[str, Tensor | None] | None = None,
+    columns: Mapping[str, Tensor | None] | None = None,
 ) -> tuple[HeadInputs, Shards | None]:
     """Checked inputs, and where classes are spread the ranks: by ``class_group``, or a DTensor w.
 
-    ``vectors`` are those of this rank's classes, by the names of the arguments: all ranks raise
-    where one does not fit.
+    ``vectors`` (V_r,) and ``columns`` (..., V_r) are those of this rank's classes, by the names of
+    the arguments: all ranks raise where one does not fit.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; where they do not on one rank, a
@@ -61,6 +62,15 @@ def spread_head(
         head = head_inputs(input, linear_weight, linear_bias, logit_scale, softcap)
         for name, vector in (vectors or {}).items():
             class_weight(vector, head.w.shape[0], head.x, name)
+        for name, t in (columns or {}).items():
+            if t is None:
+                continue
+            class_columns(t, head.lead, head.w.shape[0], head.x, name)
+            if t.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} must not want a gradient with class_group, got requires_grad=True; "
+                    "pass .detach()"
+                )
     except (TypeError, ValueError) as refused:
         error = refused
     count = 0 if head is None else head.w.shape[0]

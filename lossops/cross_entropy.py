@@ -27,12 +27,14 @@ from lossops.class_parallel import (
     spread_head,
     sum_of_all,
 )
+from lossops.distributed import summed
 from lossops.inputs import (
     HeadInputs,
     check_devices,
     check_reduction,
     check_tensor,
     checked_options,
+    class_columns,
     class_ids,
     class_weight,
     flat_logits,
@@ -184,9 +186,9 @@ def linear_cross_entropy(
             ``options.near_target_error`` asks for. Rows whose gradient would not be good that way
             get the exact one. The loss is exact in any case. Default: ``None``.
         class_group: process group whose ranks hold consecutive classes, in w and b, and the same
-            input and target (ids of all classes); the loss, and dx, are those of all classes on
-            every rank. Targets are ids, no probabilities. A DTensor w sharded by class names its
-            group itself. Default: ``None``.
+            input and target (ids of all classes; of probabilities, which want no gradient here,
+            the columns of their own classes); the loss, and dx, are those of all classes on every
+            rank. A DTensor w sharded by class names its group itself. Default: ``None``.
         options: `LinearLossOptions`; PyTorch's own are accepted and ignored. Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
             Default: ``'auto'``.
@@ -229,12 +231,11 @@ def linear_cross_entropy(
         )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
     head, shards = spread_head(
-        input, linear_weight, linear_bias, logit_scale, softcap, class_group, {"weight": weight}
-    )
+        input, linear_weight, linear_bias, logit_scale, softcap, class_group, {"weight": weight},
+        {"target probabilities": target if target.is_floating_point() else None},
+    )  # fmt: skip
     near = near_request(near_threshold, opts, "near_far" in outputs)
     head = near_or_spread(head, near, shards)
-    if shards is not None and target.is_floating_point():
-        raise ValueError("class_group takes class ids as targets, got class probabilities")
     if "near_far" in outputs and not head.near.on:
         raise ValueError("outputs 'near_far' needs near_threshold, got None")
     if _differentiates(target):
@@ -294,18 +295,20 @@ def _one_sweep_of_shards(
     head: HeadInputs, shards: Shards, task: _Task, options: LinearLossOptions, backend: str
 ) -> Tensor:
     """Σ of the losses in one sweep; the ranks meet once per chunk of rows."""
-    assert task.ids is not None
+    a, t = task.class_vector, task.teacher
+    vector_sum = None if a is None else a.sum()
+    sums = None if t is None else teacher_sums(t, a, accumulate_dtype(head.x.dtype))
 
     def losses(values: Sequence[Tensor], rows: slice | Tensor, _: Sequence[Tensor]) -> Tensor:
         named = dict(zip(statistic_outputs(task.names), values, strict=True))
-        a = task.class_vector
-        stats = RowStatistics(named, head.w.shape[0], None if a is None else a.sum())
+        taught = None if sums is None else sums[rows]
+        stats = RowStatistics(named, head.w.shape[0], vector_sum, taught)
         return task.losses(of_all(stats, shards), rows)
 
+    here = task.ids if task.ids is None else local_ids(task.ids, shards)
     return swept_losses(
-        head, local_ids(task.ids, shards), task.names, losses, class_vector=task.class_vector,
-        reduced=True, options=options, backend=backend, counted=task.ids,
-        num_classes=max(shards.counts),
+        head, here, task.names, losses, class_vector=a, teacher=t, reduced=True, options=options,
+        backend=backend, counted=task.ids, num_classes=max(shards.counts),
     )  # fmt: skip
 
 
@@ -452,8 +455,15 @@ class _Task(NamedTuple):
             # A tensor of its own: a compiler takes no tensor twice.
             lse = each * eps if a is None else smooth * sum_of_all(a, shards)
         if target.is_floating_point():
-            teacher = _probabilities(target, lead, v, ignore_index)
+            if ignore_index is not None:
+                raise ValueError(
+                    f"ignore_index applies to class ids, got {ignore_index} with class "
+                    "probabilities; give those rows sample_weight 0"
+                )
+            teacher = class_columns(target, lead, v, x, "target probabilities")
             total = teacher_sums(teacher, a, ones.dtype)
+            if shards is not None:
+                total = summed(total, shards.group)
             taught = each * (1 - eps)
             lse = taught * total if lse is None else lse + taught * total
             _, divisor = row_factors(None, rows, None, x)
@@ -547,22 +557,6 @@ class _Task(NamedTuple):
 def _check_outputs(outputs: Collection[str]) -> None:
     if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"outputs must be names among {', '.join(OUTPUTS)}, got {outputs!r}")
-
-
-def _probabilities(
-    target: Tensor, lead: torch.Size, num_classes: int, ignore_index: int | None
-) -> Tensor:
-    if ignore_index is not None:
-        raise ValueError(
-            f"ignore_index applies to class ids, got {ignore_index} with class probabilities; "
-            "give those rows sample_weight 0"
-        )
-    if target.shape != (*lead, num_classes):
-        raise ValueError(
-            f"target probabilities must have shape {(*lead, num_classes)}, "
-            f"got {tuple(target.shape)}"
-        )
-    return target.reshape(-1, num_classes)
 
 
 def _differentiates(target: Tensor) -> bool:

@@ -203,6 +203,15 @@ def class_weight(
     return weight.to(accumulate_dtype(like.dtype))
 
 
+def class_columns(t: Tensor, lead: torch.Size, num_classes: int, like: Tensor, name: str) -> Tensor:
+    """Values (..., V) of rows and classes checked, flattened to (N, V)."""
+    check_tensor(name, t)
+    if t.shape != (*lead, num_classes):
+        raise ValueError(f"{name} must have shape {(*lead, num_classes)}, got {tuple(t.shape)}")
+    check_devices(like, **{name: t})
+    return t.reshape(-1, num_classes)
+
+
 def row_weight(
     weight: Tensor | None, lead: torch.Size, like: Tensor, name: str = "sample_weight"
 ) -> Tensor | None:

@@ -30,6 +30,7 @@ from lossops.inputs import (
     check_reduction,
     check_tensor,
     checked_options,
+    class_columns,
     class_ids,
     class_weight,
     counted_rows,
@@ -109,11 +110,11 @@ def linear_statistics(
     """
     head, shards = spread_head(
         input, linear_weight, linear_bias, logit_scale, softcap, class_group,
-        {"class_vector": class_vector},
+        {"class_vector": class_vector}, {"teacher": teacher},
     )  # fmt: skip
     check_two_sweeps(head, options)
     head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
-    check_devices(head.x, target=target, teacher=teacher)
+    check_devices(head.x, target=target)
     v, own = classes_of_all(head, shards), head.w.shape[0]
     several = target is not None and target.ndim == len(head.lead) + 1
     ids = None
@@ -121,9 +122,9 @@ def linear_statistics(
         ids = class_ids(target, head.lead, v, ignore_index, several=True)
     if shards is not None:
         check_target(ids, v)
-    if teacher is not None and teacher.shape != (*head.lead, own):
-        raise ValueError(f"teacher must have shape {(*head.lead, own)}, got {tuple(teacher.shape)}")
-    taught = None if teacher is None else teacher.reshape(-1, own)
+    taught = None
+    if teacher is not None:
+        taught = class_columns(teacher, head.lead, own, head.x, "teacher")
     listed = collected(names, target)
     stats = statistics_of_all(head, shards, ids, listed, class_vector, taught, backend)
     values = dict(stats.values)
@@ -390,6 +391,7 @@ def swept_losses(
     losses: Losses,
     *,
     class_vector: Tensor | None = None,
+    teacher: Tensor | None = None,
     parameters: Sequence[Tensor] = (),
     row_tensors: Sequence[Tensor] = (),
     rowwise: bool = True,
@@ -407,6 +409,7 @@ def swept_losses(
         names: canonical names of the statistics.
         losses: the loss of some rows.
         class_vector: a (V,). Default: ``None``.
+        teacher: t (N, V). Default: ``None``.
         parameters: tensors that ``losses`` closes over. Default: ``()``.
         row_tensors: tensors (N, ...) handed to ``losses`` by rows; differentiable. Default: ``()``.
         rowwise: False for a loss that must see all rows at once. Default: ``True``.
@@ -439,12 +442,12 @@ def swept_losses(
         once = list({id(p): p for p in parameters}.values())  # given twice it would count twice
         index = counted_rows(counted)
         sweep = LossSweep(
-            head, ids, class_vector, names, losses, once, row_tensors, index, rows, chosen
+            head, ids, class_vector, teacher, names, losses, once, row_tensors, index, rows, chosen
         )
         total: Tensor | None = apply(UserLoss, sweep, *diff, *once, *row_tensors)[0]
         if total is not None:
             return total
-    stats = head_statistics(head, ids, names, class_vector, None, chosen)
+    stats = head_statistics(head, ids, names, class_vector, teacher, chosen)
     each = losses(list(stats.values.values()), slice(None), row_tensors)
     return each.sum() if reduced else each
 

@@ -34,6 +34,7 @@ class LossSweep:
         head: HeadInputs,
         ids: Tensor | None,
         class_vector: Tensor | None,
+        teacher: Tensor | None,
         names: tuple[str, ...],
         losses: Losses,
         parameters: Sequence[Tensor],
@@ -42,8 +43,8 @@ class LossSweep:
         rows: int,
         backend: str,
     ) -> None:
-        self.ids, self.class_vector, self.names = ids, class_vector, names
-        self.losses, self.softcap, self.near = losses, head.softcap, head.near
+        self.ids, self.names, self.losses, self.near = ids, names, losses, head.near
+        self.fixed = (head.softcap, ids, class_vector, teacher, names)
         self.rows, self.backend, self.parameters = rows, backend, parameters
         self.row_tensors, self.index = row_tensors, index
         self.known = {id(p) for p in parameters}
@@ -57,7 +58,7 @@ class LossSweep:
         [None] to take two sweeps.
         """
         check_target(self.ids, w.shape[0])
-        head = Head(x, w, b, scale, self.softcap, self.ids, self.class_vector, None, self.names)
+        head = Head(x, w, b, scale, *self.fixed)
         order = outputs(self.names)
         smooth = [i for i, n in enumerate(order) if n != "shift" and n not in INDEX_OUTPUTS]
         parameters = self.parameters  # those F holds; unpacked by hooks they would be copies
@@ -211,9 +212,7 @@ class UserLoss(torch.autograd.Function):
         def value(
             x: Tensor, w: Tensor, b: Any, scale: Any, by_row: Sequence[Tensor] = sweep.row_tensors
         ) -> list[Tensor]:
-            stats = reference.linear_statistics(
-                x, w, b, scale, sweep.softcap, sweep.ids, sweep.class_vector, None, sweep.names
-            )
+            stats = reference.linear_statistics(x, w, b, scale, *sweep.fixed)
             return [sweep.losses(stats, slice(None), by_row).sum()]
 
         if torch.is_grad_enabled() and len(inputs) > 4:

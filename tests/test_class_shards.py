@@ -171,6 +171,17 @@ HEADS: dict[str, dict[str, Any]] = {
         "weight": torch.linspace(0.2, 3.0, V, dtype=torch.float64), "label_smoothing": 0.2,
         "options": lossops.LinearLossOptions(schedule="two_sweeps"),
     },
+    "probabilities": {},
+    "probabilities, rows": {"reduction": "none", "softcap": 3.0},
+    "probabilities, chunks": {"options": lossops.LinearLossOptions(chunk_rows=2)},
+    "probabilities, weights, smoothing": {
+        "weight": torch.linspace(0.2, 3.0, V, dtype=torch.float64), "label_smoothing": 0.2,
+        "lse_square_scale": 0.1, "options": lossops.LinearLossOptions(chunk_rows=2),
+    },
+    "probabilities, smoothing, two sweeps": {
+        "label_smoothing": 0.2, "options": lossops.LinearLossOptions(schedule="two_sweeps"),
+    },
+    "probabilities, outputs": {"outputs": ("logsumexp", "entropy", "argmax")},
 }  # fmt: skip
 
 
@@ -178,6 +189,8 @@ def vocabulary(
     name: str, x: Tensor, w: Tensor, y: Tensor, part: slice, group: Any = None
 ) -> list[Tensor]:
     """linear_cross_entropy of all classes from some of them: results and gradients."""
+    if name.startswith("probabilities"):  # whose sums are not 1
+        y = torch.linspace(0.0, 1.0, len(x) * V, dtype=x.dtype).reshape(len(x), V)[:, part]
     b = torch.linspace(-1, 1, V, dtype=w.dtype)
     leaves = [x, w[part], b[part], torch.tensor(1.3, dtype=w.dtype)]
     leaves = [t.clone().requires_grad_() for t in leaves]
@@ -310,6 +323,20 @@ def unfit(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[str]:
         ),
         lambda: lossops.linear_statistics(
             x, w, y, class_group=group, class_vector=torch.ones(V + 1 if last else len(w))
+        ),
+        lambda: lossops.linear_statistics(
+            x,
+            w,
+            y,
+            names=("teacher",),
+            class_group=group,
+            teacher=torch.ones(len(x), V + 1 if last else len(w)),
+        ),
+        lambda: lossops.linear_cross_entropy(
+            x, w, torch.ones(len(x), V + 1 if last else len(w)), class_group=group
+        ),
+        lambda: lossops.linear_cross_entropy(
+            x, w, torch.ones(len(x), len(w), requires_grad=last), class_group=group
         ),
         lambda: lossops.linear_cross_entropy(x, w, y.double(), class_group=group),
         lambda: lossops.linear_loss(x, w, y, focal, near_threshold="auto", class_group=group),
@@ -632,8 +659,8 @@ def test_arguments_that_do_not_fit_all_ranks(world: World) -> None:
     _, ranks = world
     rest = ["ValueError"] * 2 + ["IndexError"] * 3
     for rank in ranks[:-1]:
-        assert rank["unfit"] == ["RuntimeError"] * 3 + rest
-    assert ranks[-1]["unfit"] == ["ValueError"] * 3 + rest
+        assert rank["unfit"] == ["RuntimeError"] * 6 + rest
+    assert ranks[-1]["unfit"] == ["ValueError"] * 6 + rest
 
 
 def test_ranks_do_not_share_files(world: World) -> None:
