@@ -74,6 +74,9 @@ def sampled(name: str, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
 
 def refused(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> str:
     """What each rank raises where the last one's labels do not fit."""
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match=r"ranks for 1 classes, 1 on each, .*; use fewer"):
+            PartialFC(D, 1, class_group=group)
     head = make(w, group)
     if rank == dist.get_world_size() - 1:
         y = torch.full_like(y, V)
@@ -82,6 +85,23 @@ def refused(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> str:
     except (IndexError, RuntimeError) as error:
         return type(error).__name__
     return ""
+
+
+def exchanges(w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[list[str]]:
+    """The collective calls of a forward in chunks of two rows, and of its backward."""
+    calls: list[str] = []
+
+    def noted(name: str) -> Any:
+        call = getattr(dist, name)
+        return lambda *args, **options: (calls.append(name), call(*args, **options))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce", "broadcast", "reduce_scatter_tensor"):
+            patch.setattr(dist, name, noted(name))
+        loss = make(w, group, **CHUNKS)(x.clone().requires_grad_(), y)
+        forward, calls[:] = list(calls), []
+        loss.backward()
+    return [forward, calls]
 
 
 def clipped(head: PartialFC, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -114,7 +134,7 @@ def train(head: PartialFC, x: Tensor, y: Tensor, ddp: bool) -> list[Tensor]:
 
 
 ROW_OPTIMIZERS: dict[str, Any] = {
-    "sgd": lambda parameters: optim.RowSGD(parameters, 0.3, 0.9, 0.01, "exact"),
+    "sgd": lambda parameters: optim.RowSGD(parameters, 0.3, 0.9, 0.01),
     "adamw": lambda parameters: optim.RowAdamW(parameters, 0.1),
 }
 
@@ -296,13 +316,14 @@ def log_probabilities(x: Tensor, w: Tensor, y: Tensor, group: Any = None) -> lis
 
 
 def dtensors(x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
-    """The same with w, and x, as DTensors; what other layouts say."""
+    """The same with w, b and x as DTensors; what other layouts say."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    leaves = [distribute_tensor(x, mesh, [Replicate()]), distribute_tensor(w, mesh, [Shard(0)])]
+    leaves = [distribute_tensor(x, mesh, [Replicate()])]
+    leaves += [distribute_tensor(t, mesh, [Shard(0)]) for t in (w, VECTOR)]
     leaves = [t.detach().requires_grad_() for t in leaves]
-    loss = lossops.linear_cross_entropy(*leaves, y)
+    loss = lossops.linear_cross_entropy(*leaves[:2], y, linear_bias=leaves[2])
     loss.backward()
     for layout in (Shard(1), Replicate()):
         with pytest.raises(ValueError, match="must be sharded by class over a mesh of one dim"):
@@ -438,6 +459,40 @@ def checkpointed(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> Any:
     return saved, loaded
 
 
+def grown(rank: int, w: Tensor, x: Tensor, y: Tensor, group: Any) -> list[Any]:
+    """Trained and saved by one rank less, with moments and a learned scale; loaded by all."""
+    import torch.distributed.checkpoint as dcp
+
+    path, those = folder_of_all(rank), list(range(max(1, dist.get_world_size() - 1)))
+    fewer = dist.new_group(those)
+
+    def make_pair(some: Any, weight: Tensor) -> tuple[PartialFC, optim.RowAdamW]:
+        head = make(weight, some, sample_rate=0.4, learn_scale=True)
+        return head, optim.RowAdamW([head.weight], 0.1)
+
+    def all_of(head: PartialFC, optimizer: optim.RowAdamW) -> list[Any]:
+        state = optimizer.row_state(head.weight)
+        rows = [t.detach().clone() for t in (head.weight, *state.values())]
+        assert head.log_scale is not None
+        return [rows, head.log_scale.item(), head.step]
+
+    saved = None
+    if rank in those:
+        head, optimizer = make_pair(fewer, w)
+        for _ in range(3):
+            head(x, y).backward()
+            optimizer.step()
+        assert head.log_scale is not None
+        head.log_scale.data.fill_(1.5)
+        saved = all_of(head, optimizer)
+        state = {"head": lossops.ShardedState(head, optimizer)}
+        dcp.save(state, checkpoint_id=path, process_group=fewer)
+    dist.barrier()
+    again, other = make_pair(group, torch.zeros_like(w))
+    dcp.load({"head": lossops.ShardedState(again, other)}, checkpoint_id=path)
+    return [saved, all_of(again, other)]
+
+
 def work(rank: int, rows: list[int]) -> dict[str, Any]:
     group = dist.group.WORLD
     x, w, y = batch(rows)
@@ -457,6 +512,10 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
     for name, make_optimizer in ROW_OPTIMIZERS.items():
         found[f"overflow-{name}"] = overflowing(rank, make_optimizer, w, x[part], y[part], group)
     found["topk"] = tuple(make(w, group).topk(x, 20))
+    found["exchanges"] = exchanges(w, x[part], y[part], group)
+    found["half"] = gradients(make(w.bfloat16(), group, margin=MARGINS["cosface"]),
+                              x[part].bfloat16(), y[part])  # fmt: skip
+    found["empty"] = gradients(make(w, group, sample_rate=0.5), x[:0], y[:0])
     found["refused"] = refused(rank, w, x[part], y[part], group)
     learned = make(w, group, learn_scale=True, margin=MARGINS["cosface"])
     learned(x[part], y[part]).backward()
@@ -473,6 +532,7 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
     found["dtensor"] = dtensors(x, w, y)
     found["files"] = in_files(rank, w, x[part], y[part], group)
     found["checkpoint"] = checkpointed(rank, w, x[part], y[part], group)
+    found["grown"] = grown(rank, w, x[part], y[part], group)
     found["unfit"] = unfit(w[mine], x, y, group)
     return found
 
@@ -573,6 +633,35 @@ def test_what_overflows_on_one_rank_all_ranks_skip(world: World, name: str) -> N
         assert torch.equal(torch.stack(found["body"]), torch.stack(ranks[0][key]["body"]))
 
 
+def test_one_exchange_for_each_chunk(world: World) -> None:
+    # Numbers of rows, features, labels; then the statistics of two of the rows that count each.
+    rows, ranks = world
+    chunks = -(-(sum(rows) - 1) // 2)
+    for rank in ranks:
+        assert rank["exchanges"] == [["all_gather"] * (3 + chunks), ["all_reduce"]]
+
+
+def test_sharded_in_half_precision(world: World) -> None:
+    rows, ranks = world
+    x, w, y = batch(rows, torch.bfloat16)
+    loss, dx, dw = gradients(make(w, margin=MARGINS["cosface"]), x, y)
+    found = [rank["half"] for rank in ranks]
+    for other, *_ in found:
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other, loss)
+    once = {"rtol": 2.0**-6, "atol": 2.0**-9}  # a few roundings, to the ranks times the gradient
+    torch.testing.assert_close(torch.cat([f[1] for f in found]) / len(rows), dx, **once)
+    torch.testing.assert_close(torch.cat([f[2] for f in found]), dw, **once)
+
+
+def test_a_batch_without_rows_on_any_rank(world: World) -> None:
+    _, ranks = world
+    for loss, dx, dw in (rank["empty"] for rank in ranks):
+        assert loss == 0
+        assert dx.shape == (0, D)
+        assert not dw.any()
+
+
 def test_predictions_of_all_shards(world: World) -> None:
     rows, ranks = world
     x, w, _ = batch(rows)
@@ -647,9 +736,9 @@ def test_log_probabilities_over_ranks(world: World) -> None:
 def test_dtensors_sharded_by_class(world: World) -> None:
     rows, ranks = world
     x, w, y = batch(rows)
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    loss = lossops.linear_cross_entropy(x, w, y)
-    expected = [loss.detach(), *torch.autograd.grad(loss, (x, w))]
+    leaves = [t.clone().requires_grad_() for t in (x, w, VECTOR)]
+    loss = lossops.linear_cross_entropy(*leaves[:2], y, linear_bias=leaves[2])
+    expected = [loss.detach(), *torch.autograd.grad(loss, leaves)]
     for rank in ranks:
         for found, value in zip(rank["dtensor"], expected, strict=True):
             torch.testing.assert_close(found, value)
@@ -684,6 +773,18 @@ def test_a_checkpoint_loads_on_another_number_of_ranks(world: World) -> None:
     for before, after in zip(saved, loaded, strict=True):
         assert torch.equal(torch.cat(before), torch.cat(after))
         assert len(torch.cat(after)) == V
+
+
+def test_a_checkpoint_loads_on_more_ranks(world: World) -> None:
+    _, ranks = world
+    before = [rank["grown"][0] for rank in ranks if rank["grown"][0] is not None]
+    after = [rank["grown"][1] for rank in ranks]
+    assert len(before) == max(1, len(ranks) - 1)
+    for saved, loaded in zip(*(zip(*(r[0] for r in some), strict=True) for some in (before, after)),
+                             strict=True):  # fmt: skip
+        assert torch.equal(torch.cat(saved), torch.cat(loaded))
+    for _, scale, step in after:
+        assert (scale, step) == (1.5, 3)
 
 
 def dying(rank: int, folder: str) -> None:

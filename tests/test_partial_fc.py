@@ -272,6 +272,27 @@ def test_logits_are_never_stored_whole() -> None:
     assert largest < 256 * 20_000 * 4 / 10
 
 
+@pytest.mark.parametrize("make_optimizer", [
+    lambda p: optim.RowSGD(p, 0.1, 0.9),
+    lambda p: optim.RowSGD(p, 0.1, 0.9, 0.01, "exact"),
+    lambda p: optim.RowAdamW(p),
+], ids=["lazy", "exact", "adamw"])  # fmt: skip
+def test_memory_of_a_step_follows_the_sample(make_optimizer: Any) -> None:
+    classes = 200_000
+    head = PartialFC(4, classes, sample_rate=1e-4)  # 20 of them
+    optimizer = make_optimizer(head.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        head(torch.randn(6, 4), torch.randint(classes, (6,))).backward()
+        optimizer.step()
+
+    step()  # makes the state
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    assert max(e.cpu_memory_usage for e in profile.events()) < classes / 4
+
+
 def test_evaluation_does_not_move_the_sampler() -> None:
     x, y = batch()
     head = make(sample_rate=0.5)
