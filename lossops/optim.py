@@ -68,7 +68,9 @@ def clip_grad_norm_(
 
     Sparse gradients, which torch's refuses, cost what their rows do. The norm of the centres of a
     `lossops.PartialFC` with a ``class_group`` is that of all ranks' centres, one exchange: ranks
-    that clipped by their own would scale the backbone's gradients differently.
+    that clipped by their own would scale the backbone's gradients differently. Where the norm is
+    inf or NaN finite gradients become 0: a scaler leaves out the step of the optimizer alone whose
+    gradients overflowed, and that of the others must do no harm.
 
     Args:
         parameters: tensors with a ``grad``, and factored heads, whose norm costs N² E operations.
@@ -109,7 +111,7 @@ def clip_grad_norm_(
         return torch.zeros(())
     squares = [n.to(norms[0].device, torch.float64).square() for n in norms]
     norm: Tensor = torch.stack(squares).sum().sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    factor = (max_norm / (norm + 1e-6)).clamp_max(1.0).nan_to_num(0.0)
     for g in grads:
         g.mul_(factor.to(g.device, accumulate_dtype(g.dtype)))
     for h in heads:

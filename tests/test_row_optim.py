@@ -378,6 +378,17 @@ def test_clipping_sparse_gradients() -> None:
         torch.testing.assert_close(t.grad.to_dense(), g * 1.5 / (expected + 1e-6))
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_finite_is_clipped_to_zero_beside_what_is_not(value: float) -> None:
+    p, q = table(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad, q.grad = sparse_gradient(1), torch.full((3,), 2.0, dtype=torch.float64)
+    p.grad._values()[0, 0] = value
+    norm = optim.clip_grad_norm_([p, q], 1.5)
+    assert not norm.isfinite()
+    assert torch.equal(q.grad, torch.zeros(3, dtype=torch.float64))
+    assert not p.grad.to_dense().isfinite().all()
+
+
 def test_a_norm_past_half_precision() -> None:
     p, q = table(torch.float16), table(torch.float16)
     p.grad, q.grad = (torch.full((V, D), 3e4, dtype=torch.float16) for _ in range(2))
