@@ -2,6 +2,7 @@
 
 A lock on the file lasts as long as the memory that is mapped from it: what another tensor of this
 process, or of another one, has mapped is refused, where two would overwrite each other's values.
+Windows has no such lock.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import mmap
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,7 +75,9 @@ class StateTensors:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    import fcntl  # of POSIX, which nothing else here needs
+    if sys.platform == "win32":
+        return  # nobody looks after the file there
+    import fcntl
 
     alone = fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
