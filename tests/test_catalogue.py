@@ -235,6 +235,25 @@ def test_huge_logits(name: str, backend: str) -> None:
                 assert_no_worse(f"{name} {what}", a, b, c, floor=floor)
 
 
+@ROWS
+@pytest.mark.parametrize("level", [-12.0, 12.0])
+def test_rows_that_are_all_hopeless_or_certain(name: str, level: float, backend: str) -> None:
+    """Other rows would hide theirs: what is lost in a gradient that is small for each of them."""
+    case = Case(name, dtype=torch.float32)
+    x, w, *rest = case.leaves
+    own = w[case.y]
+    away = level - (x * own).sum(-1, keepdim=True)
+    case.leaves = (x + away * own / own.square().sum(-1, keepdim=True), w, *rest)
+    ours = value_and_gradients(lambda *t: case.ours(*t, backend=backend), case.leaves)
+    exact = case.double()
+    oracle = value_and_gradients(exact.plain, exact.leaves)
+    plain = value_and_gradients(case.plain, case.leaves)
+    for what, a, b, c in zip(("loss", "dx", "dw"), ours, plain, oracle, strict=False):
+        # e^z has the relative error that z has units in its last place.
+        floor = abs(level) * FLOOR[a.dtype] * float(c.abs().max())
+        assert_no_worse(f"{name} {what}", a, b, c, floor=floor)
+
+
 # Values at z = [2, -1, 0.5, 3, -2.5, 0], y = 0, of the authors' modules where they exist.
 Z = (2.0, -1.0, 0.5, 3.0, -2.5, 0.0)
 ANCHORS: dict[str, tuple[dict[str, Any], float, tuple[float, ...]]] = {

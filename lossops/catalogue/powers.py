@@ -11,10 +11,17 @@ def lse_at(t: float) -> str:
     return "lse" if t == 1 else f"lse@{float(t)!r}"
 
 
+def expm1(u: Tensor) -> Tensor:
+    """e^u - 1, whose derivative keeps its digits where e^u is small; torch's is value + 1."""
+    near = u > -0.7
+    small, far = torch.where(near, u, 0.0), torch.where(near, -1.0, u)
+    return torch.where(near, torch.expm1(small), far.exp() - 1)
+
+
 def power(log_p: Tensor, t: float | Tensor) -> Tensor:
     """(p^t - 1) / t, log p at t = 0; differentiable in t there, too."""
     if not isinstance(t, Tensor):
-        return log_p if t == 0 else torch.expm1(t * log_p) / t
+        return log_p if t == 0 else expm1(t * log_p) / t
     # log p · (e^u - 1) / u with u = t log p; the derivative of the quotient cancels for small u,
     # where its series takes over: of terms u^k / (k + 1)!, the first left out is below 1e-16.
     u = t * log_p
@@ -23,7 +30,7 @@ def power(log_p: Tensor, t: float | Tensor) -> Tensor:
     series = torch.ones_like(u)
     for k in range(11, 1, -1):
         series = 1 + small / k * series
-    return log_p * torch.where(near, series, torch.expm1(large) / large)
+    return log_p * torch.where(near, series, expm1(large) / large)
 
 
 def raised(base: Tensor, t: float | Tensor) -> Tensor:

@@ -6,19 +6,19 @@ With p the softmax probability of the target, z̄ the mean logit and lse over al
     normalised              a loss by its sum over the labels: log p / Σ_k log p_k, ...
     active + passive        a loss that only raises p, and one that also lowers the other classes
 
-Every 1 - p^q goes through expm1 of q log p, so that rows with p close to 1 keep their digits.
+Every 1 - p^q goes through expm1 of q log p, so that rows with p close to 1 keep their digits, and
+the gradients of rows with p close to 0 theirs.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lossops.catalogue.checks import above, among, at_least, between, ratio
-from lossops.catalogue.powers import lse_at, power
+from lossops.catalogue.powers import expm1, lse_at, power
 from lossops.catalogue.recipe import recipe
 from lossops.statistics import RowStatistics
 
@@ -155,7 +155,7 @@ def linear_normalized_generalized_cross_entropy_loss(s: RowStatistics, *, q: flo
     """
     between("q", q, 1e-6, 1)
     others = (s.relative(lse_at(q)) - q * s.relative_logsumexp).exp()  # Σ_{k ≠ y} p_k^q
-    lost = -torch.expm1(q * s.log_p)
+    lost = -expm1(q * s.log_p)
     return ratio(lost, (s.num_classes - 1) - others + lost)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lossops.catalogue.checks import among, at_least, beside_target, between, constant, share
 from lossops.catalogue.confidence import error_square
 from lossops.catalogue.keywords import without
-from lossops.catalogue.powers import log_1m_exp
+from lossops.catalogue.powers import expm1, log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
 from lossops.inputs import head_inputs, row_weight
@@ -370,7 +370,7 @@ def linear_meco_loss(s: RowStatistics, *, log_partition: Tensor) -> Tensor:
         >>> u = lossops.catalogue.running_log_partition(u, lse, momentum=0.9)
     """
     u = constant("log_partition", log_partition)
-    return torch.expm1(s.relative_logsumexp + (s.shift - u)) + u - s.target
+    return expm1(s.relative_logsumexp + (s.shift - u)) + u - s.target
 
 
 @torch.no_grad()
