@@ -3,7 +3,7 @@
 x, w, b and the target are saved with ``save_for_backward`` and unpacked in every backward, so that
 freed graphs, in-place edits and offload hooks behave as in PyTorch. One sweep has its gradients
 before backward; the first backward scales these buffers in place and hands them out, a later one
-computes them again. Second derivatives go through `lossops.reference`, at the memory of the full
+computes them again. Higher derivatives go through `lossops.reference`, at the memory of the full
 logits.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossops import backends, ops, reference
 from lossops.near_far import NearFar
@@ -122,7 +121,6 @@ class StatisticsGradient(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         x, w, b, scale, target, class_vector, teacher, *rest = ctx.saved_tensors
         softcap, names, _, _, needs = ctx.static
@@ -261,7 +259,6 @@ class ScaledGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         g, *inputs = ctx.saved_tensors
         found, again = differentiate_twice(ctx.value, inputs, [g], cotangents, ctx.needs)
@@ -305,11 +302,14 @@ def differentiate_twice(
 ) -> tuple[list[Optional], list[Optional]]:
     """Backward of (inputs, upstream) -> gradients of Σ upstream · value(inputs), by autograd.
 
-    Returns the gradients of ``inputs`` and of ``upstream``.
+    Returns the gradients of ``inputs`` and of ``upstream``, differentiable again where asked.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(upstream[0].device):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        weights = [u.detach().requires_grad_() for u in upstream]
+        leaves = [
+            None if t is None else alias(t, need) for t, need in zip(inputs, needs, strict=True)
+        ]
+        weights = [alias(u) for u in upstream]
         wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
         first = torch.autograd.grad(
             value(*leaves),  # type: ignore[arg-type]
@@ -322,17 +322,34 @@ def differentiate_twice(
             c for c, t, n in zip(cotangents, leaves, needs, strict=True) if t is not None and n
         ]
         pairs = [
-            (f, c) for f, c in zip(first, given, strict=True) if f is not None and c is not None
+            (f, c.to(f.dtype))
+            for f, c in zip(first, given, strict=True)
+            if f is not None and c is not None and f.requires_grad
         ]
-        present = [t for t in leaves if t is not None]
+        around = (*leaves, *weights)
+        if not pairs:
+            return [None] * len(leaves), [None] * len(weights)
         second = torch.autograd.grad(
             [f for f, _ in pairs],
-            [*present, *weights],
-            [c.to(f.dtype) for f, c in pairs],
+            [t for t in around if t is not None and t.requires_grad],
+            [c for _, c in pairs],
+            create_graph=again,
             allow_unused=True,
         )
-    found = iter(second[: len(present)])
-    return [None if t is None else next(found) for t in leaves], list(second[len(present) :])
+    found = iter(second)
+    back = [None if t is None or not t.requires_grad else next(found) for t in around]
+    return back[: len(leaves)], back[len(leaves) :]
+
+
+def alias(t: Tensor, differentiated: bool = False) -> Tensor:
+    """The same numbers as a node of their own, which leads back to what made them.
+
+    Features made from the weight: a gradient for the weight's alias leaves theirs out.
+    """
+    if t.requires_grad:
+        with torch.enable_grad():
+            return t.view_as(t)
+    return t.detach().requires_grad_() if differentiated else t
 
 
 class LogitsStatistics(torch.autograd.Function):
@@ -417,8 +434,12 @@ class LogitsGradientInPlace(torch.autograd.Function):
         return losses.sum(), argmax
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would call it a constant where g is one
+            raise RuntimeError(
+                "cross_entropy(inplace=True) has no second derivatives, since its logits are gone; "
+                "create_graph=True needs inplace=False"
+            )
         if ctx.gradient is None:
             raise RuntimeError(
                 "cross_entropy(inplace=True) gave its gradient away in the first backward; "

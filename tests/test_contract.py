@@ -399,6 +399,42 @@ def test_4_second_derivatives_go_through_the_reference(form: str, backend: str) 
     torch.testing.assert_close(*found)
 
 
+def second_derivatives(gradients: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Of the squared gradients, with a graph of their own."""
+    total = sum(g.square().sum() for g in gradients)
+    return list(torch.autograd.grad(total, leaves, create_graph=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_4_third_derivatives_are_no_less_than_all_of_them(form: str, backend: str) -> None:
+    """once_differentiable refuses in ``backward``; ``autograd.grad`` leaves its part out."""
+    x, w, b, y = make_inputs(3, 11, 4)
+    found = []
+    for function in (
+        ours(y, backend, **FORMS[form]),
+        plain(y, FORMS[form].get("reduction", "mean")),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        first = torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
+        found.append(second_derivatives(second_derivatives(first, leaves), leaves))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_4_second_derivatives_by_transforms(form: str, backend: str) -> None:
+    x, w, b, y = make_inputs(3, 11, 4)
+
+    def twice(function, *tensors):
+        def size(*tensors):
+            return sum(g.square().sum() for g in torch.func.grad(function, (0, 1, 2))(*tensors))
+
+        return torch.func.grad(size, (0, 1, 2))(*tensors)
+
+    loss, same = ours(y, backend, **FORMS[form]), plain(y, FORMS[form].get("reduction", "mean"))
+    found = twice(lambda *t: loss(*t).sum(), x, w, b)
+    torch.testing.assert_close(found, twice(lambda *t: same(*t).sum(), x, w, b))
+
+
 def test_4_what_is_not_differentiated_is_refused(backend: str) -> None:
     x, w, _, y = small()
     a = torch.rand(131, dtype=torch.float64, requires_grad=True)
