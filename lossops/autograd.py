@@ -9,7 +9,7 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from lossops import backends, ops, reference
 from lossops.near_far import NearFar
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
-from lossops.schedules import Gradients, without_autocast
+from lossops.schedules import HALF_UNIT, Gradients, power_of_two, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Optional = Tensor | None
@@ -425,7 +425,10 @@ class LogitsGradientInPlace(torch.autograd.Function):
             target,
             logits.shape[1],
         )
-        ctx.gradient = logits.detach()
+        ctx.gradient, ctx.unit = logits.detach(), None
+        if logits.dtype == torch.float16:  # row weights of 1e5 overflow it, of 1e-7 vanish in it
+            ctx.unit = HALF_UNIT / power_of_two(largest_slope(coefficients, class_vector, teacher))
+            coefficients = {n: c * ctx.unit for n, c in coefficients.items()}
         given = [coefficients.get(n) for n in order]
         primitives.logits_gradient(ctx.gradient, *spec, stats, given, ctx.gradient)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits must notice
@@ -446,4 +449,18 @@ class LogitsGradientInPlace(torch.autograd.Function):
                 "a second one needs inplace=False"
             )
         dz, ctx.gradient = ctx.gradient, None
-        return (dz.mul_(g), *(None,) * 10)
+        return (dz.mul_(g if ctx.unit is None else g / ctx.unit), *(None,) * 10)
+
+
+def largest_slope(
+    coefficients: Mapping[str, Tensor], class_vector: Optional, teacher: Optional
+) -> Tensor:
+    """What no finite |dz| of cross-entropy exceeds, ()."""
+    total = torch.zeros((), device=next(iter(coefficients.values())).device)
+    for name, c in coefficients.items():
+        bound = c.nan_to_num(0.0, 0.0, 0.0).abs().flatten()
+        factors = {"weighted_sum": (class_vector,), "teacher": (class_vector, teacher)}
+        for t in factors.get(name, ()):
+            bound = bound if t is None else bound * t.abs().amax()
+        total = total + bound.max() if bound.numel() else total
+    return total

@@ -19,6 +19,7 @@ from torch import Tensor
 from lossops.reference import accumulate_dtype
 
 MIB = 2**20
+HALF_UNIT = 2.0**14  # of float16, whose largest number is just below 2^16
 
 
 class ChunkSize(NamedTuple):
@@ -250,6 +251,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def power_of_two(total: Tensor) -> Tensor:
+    """A power of two at or above total (), at least 2^-112 and at most 2^127, without a sync.
+
+    Neither it nor ``HALF_UNIT`` / it is infinite or 0; 1 where total is no number.
+    """
+    exponent = torch.frexp(total)[1].clamp(-112, 127)
+    return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
 
 
 def flatten_none(tensors: Sequence[Any], like: Tensor) -> list[Tensor]:
