@@ -564,6 +564,30 @@ def test_5_nan_and_infinities_propagate_as_in_pytorch(poison: str, form: str, ba
         )
 
 
+@pytest.mark.parametrize("form", [*FORMS, "logits"])
+@pytest.mark.parametrize("poison", [p for p in POISONS if p != "masked-class"])
+def test_5_so_they_do_where_targets_are_probabilities(poison: str, form: str, backend: str) -> None:
+    x, w, b, _ = small()
+    name, at, value = POISONS[poison]
+    {"x": x, "w": w, "b": b}[name][at] = value
+    p = torch.rand(7, 131, dtype=torch.float64)
+    reduction = "none" if form == "none" else "mean"
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if form == "logits":
+            return lossops.cross_entropy(F.linear(x, w, b), p, backend=backend)
+        return ours(p, backend, **FORMS[form])(x, w, b)
+
+    found = value_and_gradients(loss, (x, w, b))
+    expected = value_and_gradients(
+        lambda *t: F.cross_entropy(F.linear(*t), p, reduction=reduction), (x, w, b)
+    )
+    for name, mine, theirs in zip(NAMES, found, expected, strict=False):
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-10, atol=1e-12, equal_nan=True, msg=f"{name}: {mine}"
+        )
+
+
 def test_5_an_fp16_product_that_overflows_is_no_overflow_here(backend: str) -> None:
     """Logits of 90,000 are infinite in fp16 and finite in float32."""
     x = torch.full((2, 4), 150.0, dtype=torch.float16)
