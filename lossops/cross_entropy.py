@@ -8,15 +8,14 @@ the formulas and their gradients are in `lossops.recipes`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
-from lossops import backends
+from lossops import backends, reference
 from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
 from lossops.class_parallel import (
     at_targets,
@@ -36,6 +35,7 @@ from lossops.inputs import (
     class_ids,
     class_weight,
     flat_logits,
+    head_inputs,
     near_request,
     row_weight,
 )
@@ -164,7 +164,7 @@ def linear_cross_entropy(
 
     Args:
         input: x, (..., D) floating point.
-        linear_weight: w, (V, D); (V, d_1, ..., d_K, D) goes through PyTorch.
+        linear_weight: w, (V, D); (V, d_1, ..., d_K, D), of PyTorch's keywords, stores the logits.
         target: class ids (...), int64, or class probabilities (..., V), floating point.
         linear_bias: b, (V,). Default: ``None``.
         weight: class weights, (V,), of this rank's classes where there is a ``class_group``.
@@ -221,13 +221,18 @@ def linear_cross_entropy(
     _check_outputs(outputs)
     check_tensor("linear_weight", linear_weight)
     check_tensor("target", target)
-    if linear_weight.ndim > 2:
-        return _k_dimensional(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-            label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale or None,
-                              near_threshold, outputs or None),
-        )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
+    if linear_weight.ndim > 2:
+        extras = {
+            "sample_weight": sample_weight, "logit_scale": logit_scale, "softcap": softcap,
+            "lse_square_scale": lse_square_scale or None, "near_threshold": near_threshold,
+            "class_group": class_group, "outputs": outputs or None,
+            "schedule": None if opts.schedule == "auto" else opts.schedule,
+        }  # fmt: skip
+        return _k_dimensional(
+            input, linear_weight, target, linear_bias, extras, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, backend=backend,
+        )  # fmt: skip
     head, shards = spread_head(
         input, linear_weight, linear_bias, logit_scale, softcap, class_group, {"weight": weight}
     )
@@ -582,8 +587,6 @@ def _through_reference(
     logits: bool = False,
 ) -> Tensor | CrossEntropyOutput:
     """Class probabilities that want a gradient: plain autograd on stored logits."""
-    from lossops import reference
-
     v = head.w.shape[1] if logits else head.w.shape[0]
     task = _Task.build(
         target, head.lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
@@ -601,22 +604,35 @@ def _k_dimensional(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    extras: tuple[Any, ...],
+    extras: Mapping[str, object],
+    **keywords: Any,
 ) -> Tensor:
-    """Weights (V, d_1, ..., d_K, D): PyTorch's own function, which stores the logits."""
-    if any(e is not None for e in extras):
+    """Weights (V, d_1, ..., d_K, D): a softmax over V at each place, on stored logits."""
+    if given := [name for name, value in extras.items() if value is not None]:
         raise ValueError(
-            "sample_weight, logit_scale, softcap, lse_square_scale, near_threshold and outputs "
-            f"need linear_weight of shape (V, D), got {tuple(linear_weight.shape)}"
+            f"{', '.join(given)} needs linear_weight of shape (V, D), got "
+            f"{tuple(linear_weight.shape)}"
         )
-    return F.linear_cross_entropy(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight,
-        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    check_tensor("input", input)
+    if input.ndim != 2:
+        raise ValueError(
+            "input must have shape (N, D) where linear_weight has shape (V, d_1, ..., d_K, D), "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    places = linear_weight.shape[:-1]
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+        if linear_bias.shape != places:
+            raise ValueError(
+                f"linear_bias must have shape {tuple(places)}, got {tuple(linear_bias.shape)}"
+            )
+        linear_bias = linear_bias.reshape(-1)
+    head = head_inputs(input, linear_weight.flatten(0, -2), linear_bias, None, None)
+    with without_autocast(head.x.device):
+        z = reference.linear_logits(*head[:5]).unflatten(1, places)
+    if target.is_floating_point() and target.ndim > 1:
+        target = target.movedim(1, -1)
+    return cross_entropy(z.movedim(1, -1), target, **keywords)
 
 
 def _check_inplace(

@@ -265,16 +265,44 @@ KEYWORDS_OF_TWO_DIMS = {
     "softcap": 5.0,
     "lse_square_scale": 0.1,
     "outputs": ("argmax",),
+    "near_threshold": "auto",
+    "class_group": object(),
+    "options": ONE,
 }
 
 
 @pytest.mark.parametrize("name", KEYWORDS_OF_TWO_DIMS)
 def test_weights_of_several_dims(name):
-    """They go through PyTorch, which has none of our keywords."""
+    """They take PyTorch's keywords, and none is ignored."""
     w, target = torch.randn(V, 2, D), torch.zeros(N, 2, dtype=torch.int64)
-    message = r"sample_weight, .* need linear_weight of shape \(V, D\), got \(5, 2, 3\)"
-    with raises(ValueError, message):
+    said = "schedule" if name == "options" else name
+    with raises(ValueError, rf"^{said} needs linear_weight of shape \(V, D\), got \(5, 2, 3\)"):
         lossops.linear_cross_entropy(X, w, target, **{name: KEYWORDS_OF_TWO_DIMS[name]})
+
+
+OF_SEVERAL_DIMS = {
+    "input: no tensor": ({"input": [0.0]}, TypeError, r"input must be a tensor, got list"),
+    "input: a row": (
+        {"input": X[0]}, ValueError,
+        r"input must have shape \(N, D\) where .*, got \(3,\) and \(5, 2, 3\)",
+    ),
+    "bias": (
+        {"linear_bias": B}, ValueError, r"linear_bias must have shape \(5, 2\), got \(5,\)"
+    ),
+    "target": (
+        {"target": torch.full((N, 2), 7)}, IndexError, r"class ids in \[0, 5\).*, got one that is 7"
+    ),
+    "backend": ({"backend": "gpu"}, ValueError, r"backend must be 'auto' or one of .*, got 'gpu'"),
+    "options": ({"options": 3}, TypeError, r"options must be LinearLossOptions or None, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_SEVERAL_DIMS.values(), ids=OF_SEVERAL_DIMS)
+def test_arguments_beside_weights_of_several_dims(case):
+    given, error, message = case
+    call = {"input": X, "target": torch.zeros(N, 2, dtype=torch.int64), **given}
+    with raises(error, message):
+        lossops.linear_cross_entropy(linear_weight=torch.randn(V, 2, D), **call)
 
 
 def test_pytorch_options_are_accepted():
