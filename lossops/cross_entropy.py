@@ -165,10 +165,11 @@ def linear_cross_entropy(
     Args:
         input: x, (..., D) floating point.
         linear_weight: w, (V, D); (V, d_1, ..., d_K, D), of PyTorch's keywords, stores the logits.
-        target: class ids (...), int64, or class probabilities (..., V), floating point.
+        target: class ids (...), int64, or class probabilities (..., V), floating point. Where
+            these, or class weights beside them, want a gradient, all logits are stored.
         linear_bias: b, (V,). Default: ``None``.
-        weight: class weights, (V,), of this rank's classes where there is a ``class_group``.
-            Default: ``None``.
+        weight: class weights, (V,), of this rank's classes where there is a ``class_group``;
+            differentiable beside class probabilities. Default: ``None``.
         sample_weight: row weights, (...), differentiable. Default: ``None``.
         reduction: ``"mean"`` (over Σ u_n), ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
@@ -242,15 +243,20 @@ def linear_cross_entropy(
         raise ValueError("class_group takes class ids as targets, got class probabilities")
     if "near_far" in outputs and not head.near.on:
         raise ValueError("outputs 'near_far' needs near_threshold, got None")
-    if _differentiates(target):
+    if _differentiates(target, weight):
         if head.near.on:
             raise ValueError(
-                "near_threshold is not available with target probabilities that want a gradient; "
-                "pass target.detach() or leave it out"
+                "near_threshold is not available with target probabilities that want a gradient, "
+                "nor class weights beside them; detach these or leave it out"
+            )
+        if opts.schedule == "one_sweep":
+            raise ValueError(
+                "schedule='one_sweep' needs target probabilities, and class weights beside them, "
+                "without gradient; use schedule='auto'"
             )
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
-            lse_square_scale, outputs,
+            lse_square_scale, outputs, backend,
         )  # fmt: skip
     task = _Task.build(
         target, head.lead, head.w.shape[0], head, weight, sample_weight, ignore_index,
@@ -392,10 +398,10 @@ def cross_entropy(
     z = flat_logits(logits)
     lead, v = logits.shape[:-1], z.shape[1]
     head = HeadInputs(z, z, None, None, 0.0, lead)
-    if _differentiates(target):
+    if _differentiates(target, weight):
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
-            lse_square_scale, outputs, logits=True,
+            lse_square_scale, outputs, backend, logits=True,
         )  # fmt: skip
     task = _Task.build(
         target, lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
@@ -446,7 +452,7 @@ class _Task(NamedTuple):
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         x, eps = head.x, label_smoothing
         check_devices(x, target=target)
-        a = class_weight(weight, v, x)
+        a = class_weight(weight, v, x, differentiable=target.is_floating_point())
         rows = row_weight(sample_weight, lead, x)
         ones = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype))
         each = ones if rows is None else rows
@@ -570,8 +576,10 @@ def _probabilities(
     return target.reshape(-1, num_classes)
 
 
-def _differentiates(target: Tensor) -> bool:
-    return target.is_floating_point() and target.requires_grad and torch.is_grad_enabled()
+def _differentiates(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether class probabilities, or class weights beside them, want a gradient."""
+    wanted = target.requires_grad or (isinstance(weight, Tensor) and weight.requires_grad)
+    return target.is_floating_point() and wanted and torch.is_grad_enabled()
 
 
 def _through_reference(
@@ -584,9 +592,11 @@ def _through_reference(
     label_smoothing: float,
     lse_square_scale: float,
     outputs: Collection[str],
+    backend: str,
     logits: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """Class probabilities that want a gradient: plain autograd on stored logits."""
+    """Class probabilities, or weights, that want a gradient: plain autograd on stored logits."""
+    backends.select(backend, head.x.device, head.x.dtype)  # its objections, as elsewhere
     v = head.w.shape[1] if logits else head.w.shape[0]
     task = _Task.build(
         target, head.lead, v, head, weight, sample_weight, ignore_index, label_smoothing,

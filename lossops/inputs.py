@@ -189,7 +189,12 @@ def flat_logits(logits: Tensor) -> Tensor:
 
 
 def class_weight(
-    weight: Tensor | None, num_classes: int, like: Tensor, name: str = "weight"
+    weight: Tensor | None,
+    num_classes: int,
+    like: Tensor,
+    name: str = "weight",
+    *,
+    differentiable: bool = False,
 ) -> Tensor | None:
     """Class weights (V,) checked, in the accumulate dtype of ``like``."""
     if weight is None:
@@ -197,7 +202,7 @@ def class_weight(
     check_float(name, weight)
     if weight.shape != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), got {tuple(weight.shape)}")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled() and not differentiable:
         raise ValueError(f"{name} is not differentiated; pass {name}.detach()")
     check_devices(like, **{name: weight})
     return weight.to(accumulate_dtype(like.dtype))

@@ -112,6 +112,34 @@ def test_calls_of_pytorch_with_class_probabilities_mean_the_same(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_class_weights_beside_probabilities_have_a_gradient(reduction: str, backend: str) -> None:
+    x, w, b, _ = problem()
+    options = {"reduction": reduction, "label_smoothing": 0.3}
+    kinds = {
+        lossops.linear_cross_entropy: {"backend": backend},
+        F.linear_cross_entropy: {},
+    }
+    found = [
+        value_and_gradients(
+            lambda x, w, b, a, f=f, k=k: f(
+                x, w, probabilities(), linear_bias=b, weight=a, **options, **k
+            ),
+            (x, w, b, class_weights()),
+        )
+        for f, k in kinds.items()
+    ]
+    assert_close(*found)
+    logits = [
+        value_and_gradients(
+            lambda z, a, f=f, k=k: f(z, probabilities(), weight=a, **options, **k),
+            (F.linear(x, w, b), class_weights()),
+        )
+        for f, k in ((lossops.cross_entropy, {"backend": backend}), (F.cross_entropy, {}))
+    ]
+    assert_close(*logits)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_row_without_a_batch_dimension(reduction: str, backend: str) -> None:
     x, w, b, _ = problem()
     for target in (torch.tensor(5), probabilities()[0], torch.tensor(-1)):

@@ -226,6 +226,10 @@ CROSS_ENTROPY_ERRORS = {
         {"target": PROBABILITIES, "outputs": ("argmax", "correct")}, ValueError,
         r"outputs \['correct'\] need class ids",
     ),
+    "probabilities: backend": (
+        {"target": PROBABILITIES.clone().requires_grad_(), "backend": "cuda"}, ValueError,
+        r"backend 'cuda' cannot run this call: the CUDA kernels run on CUDA tensors, got cpu",
+    ),
     "probabilities: device": (
         {"target": PROBABILITIES.to(META)}, ValueError, r"target must be on the device of input"
     ),
@@ -357,6 +361,9 @@ ONE_SWEEP_IMPOSSIBLE = {
     "torch.func": lambda: torch.func.grad(
         lambda w: linear_loss(X, w, Y, options=ONE)
     )(W),
+    "probabilities with a gradient": lambda: lossops.linear_cross_entropy(
+        X, W, wanting(PROBABILITIES), options=ONE
+    ),
 }  # fmt: skip
 
 
