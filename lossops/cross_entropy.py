@@ -29,6 +29,7 @@ from lossops.class_parallel import (
 from lossops.inputs import (
     HeadInputs,
     check_devices,
+    check_number,
     check_reduction,
     check_tensor,
     checked_options,
@@ -448,6 +449,8 @@ class _Task(NamedTuple):
         shards: Shards | None = None,
     ) -> _Task:
         """``v`` and ``weight`` are of this rank's classes, ``target`` of all."""
+        check_number("label_smoothing", label_smoothing)
+        check_number("lse_square_scale", lse_square_scale)
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         x, eps = head.x, label_smoothing

@@ -79,6 +79,10 @@ class LinearLossOptions:
         choices = ("auto", "one_sweep", "two_sweeps")
         if self.schedule not in choices:
             raise ValueError(f"schedule must be one of {', '.join(choices)}, got {self.schedule!r}")
+        for name in ("max_workspace_bytes", "chunk_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name != "chunk_rows"):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
         if self.max_workspace_bytes <= 0:
             raise ValueError(
                 f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"

@@ -111,6 +111,16 @@ HEAD_ERRORS = {
     "softcap: zero": ((X, W, Y), {"softcap": 0.0}, ValueError, r"softcap must be .*, got 0\.0"),
     "softcap: infinite": ((X, W, Y), {"softcap": math.inf}, ValueError, r"finite, got inf"),
     "softcap: NaN": ((X, W, Y), {"softcap": math.nan}, ValueError, r"finite, got nan"),
+    "softcap: a string": (
+        (X, W, Y), {"softcap": "high"}, TypeError, r"^softcap must be a number, got str$"
+    ),
+    "scale: a list": (
+        (X, W, Y), {"logit_scale": [2.0]}, TypeError, r"^logit_scale must be a number, got list$"
+    ),
+    "ignore_index": (
+        (X, W, Y), {"ignore_index": 1.0}, TypeError,
+        r"^ignore_index must be an integer or None, got float$",
+    ),
     "scale: several": (
         (X, W, Y), {"logit_scale": torch.ones(2)}, ValueError,
         r"logit_scale must be a number or one element, got \(2,\)",
@@ -204,6 +214,12 @@ CROSS_ENTROPY_ERRORS = {
     ),
     "label_smoothing: NaN": (
         {"label_smoothing": math.nan}, ValueError, r"label_smoothing must be in .*, got nan"
+    ),
+    "label_smoothing: None": (
+        {"label_smoothing": None}, TypeError, r"^label_smoothing must be a number, got NoneType$"
+    ),
+    "lse_square_scale": (
+        {"lse_square_scale": "small"}, TypeError, r"^lse_square_scale must be a number, got str$"
     ),
     "outputs: a string": (
         {"outputs": "argmax"}, ValueError,
@@ -333,6 +349,33 @@ def test_pytorch_options_are_accepted():
 def test_options(keywords, message):
     with raises(ValueError, message):
         LinearLossOptions(**keywords)
+
+
+@pytest.mark.parametrize("name", ["max_workspace_bytes", "chunk_rows"])
+def test_options_of_another_type(name):
+    with raises(TypeError, rf"^{name} must be an integer, got float$"):
+        LinearLossOptions(**{name: 1e6})
+
+
+MODULES = {
+    "LinearCrossEntropyLoss": (
+        lambda **k: lossops.LinearCrossEntropyLoss(D, V, **k),
+        "linear_bias",
+    ),
+    "LinearLogProb": (lambda **k: lossops.LinearLogProb(D, V, **k), "reduction"),
+    "LinearLoss": (lambda **k: lossops.LinearLoss(D, V, nll, **k), "label_smoothing"),
+    "CrossEntropyLoss": (lambda **k: lossops.CrossEntropyLoss(**k), "softcap"),
+    "SigmoidPairwiseLoss": (lambda **k: lossops.SigmoidPairwiseLoss(**k), "margin"),
+    "SoftmaxPairwiseLoss": (lambda **k: lossops.SoftmaxPairwiseLoss(**k), "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_keywords_of_modules(name):
+    """When it is made, not in its first forward."""
+    make, foreign = MODULES[name]
+    with raises(TypeError, rf"^{name} must get keywords among .*backend.*, got {foreign}$"):
+        make(**{foreign: None})
 
 
 def test_options_are_frozen():
