@@ -400,6 +400,11 @@ def cross_entropy(
     lead, v = logits.shape[:-1], z.shape[1]
     head = HeadInputs(z, z, None, None, 0.0, lead)
     if _differentiates(target, weight):
+        if inplace:
+            raise ValueError(
+                "inplace=True does not differentiate target probabilities, nor class weights "
+                "beside them; detach them"
+            )
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
             lse_square_scale, outputs, backend, logits=True,

@@ -623,6 +623,12 @@ def test_inplace(case):
         lossops.cross_entropy(logits(), Y, inplace=True, **keywords)
 
 
+def test_inplace_of_probabilities_that_want_a_gradient():
+    for target, weight in ((wanting(PROBABILITIES), None), (PROBABILITIES, wanting(B))):
+        with raises(ValueError, r"^inplace=True does not differentiate target probabilities"):
+            lossops.cross_entropy(result(), target, weight=weight, inplace=True)
+
+
 def test_inplace_under_torch_func():
     with raises(ValueError, r"inplace=True is not available under torch.compile and torch.func"):
         torch.func.grad(lambda z: lossops.cross_entropy(z * 1, Y, inplace=True))(Z)
