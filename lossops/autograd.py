@@ -9,8 +9,9 @@ logits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ Optional = Tensor | None
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, which has no annotations in torch."""
     return function.apply(*arguments)
+
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def differentiable_once(what: str) -> Callable[[Backward], Backward]:
+    """Make a backward, which has no derivative of its own, refuse ``create_graph=True``.
+
+    torch's ``once_differentiable`` refuses in a later ``backward`` alone: ``autograd.grad`` leaves
+    its part out, and where the upstream gradient is a constant the result is one as well.
+    """
+
+    def decorated(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{what} has first derivatives only, not for create_graph=True")
+            return backward(ctx, *grads)
+
+        return cast(Backward, run)
+
+    return decorated
 
 
 NO_GRADIENT = ("shift", *INDEX_OUTPUTS)
@@ -437,12 +460,8 @@ class LogitsGradientInPlace(torch.autograd.Function):
         return losses.sum(), argmax
 
     @staticmethod
+    @differentiable_once("cross_entropy(inplace=True)")
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # once_differentiable would call it a constant where g is one
-            raise RuntimeError(
-                "cross_entropy(inplace=True) has no second derivatives, since its logits are gone; "
-                "create_graph=True needs inplace=False"
-            )
         if ctx.gradient is None:
             raise RuntimeError(
                 "cross_entropy(inplace=True) gave its gradient away in the first backward; "

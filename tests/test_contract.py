@@ -450,6 +450,23 @@ def test_4_what_is_not_differentiated_is_refused(backend: str) -> None:
         )
 
 
+FIRST_ONLY = {
+    "in place": lambda x, y: lossops.cross_entropy(x * 1, y, inplace=True),
+    "normalised rows": lambda x, y: lossops.PartialFC(33, 33)(x, y),
+    "factored": lambda x, y: lossops.FactoredSphericalHead(33, 33)(x, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("name", FIRST_ONLY)
+def test_4_second_derivatives_that_are_not_there_are_refused(name: str) -> None:
+    """Not left out as zero: the upstream gradient of a loss itself is a constant."""
+    x = torch.randn(5, 33, requires_grad=True)
+    loss = FIRST_ONLY[name](x, torch.arange(5))
+    with pytest.raises(RuntimeError, match="has first derivatives only, not for create_graph=True"):
+        loss.backward(create_graph=True)
+
+
 # 5. All rows ignored or weights summing to zero; targets out of range; NaN and infinities.
 
 NOTHING = {
