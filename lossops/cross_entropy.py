@@ -650,7 +650,8 @@ def _k_dimensional(
         z = reference.linear_logits(*head[:5]).unflatten(1, places)
     if target.is_floating_point() and target.ndim > 1:
         target = target.movedim(1, -1)
-    return cross_entropy(z.movedim(1, -1), target, **keywords)
+    loss: Tensor = cross_entropy(z.movedim(1, -1), target, **keywords)
+    return loss
 
 
 def _check_inplace(

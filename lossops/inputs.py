@@ -142,10 +142,7 @@ def class_ids(
     check_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"target must hold integer class ids, got {target.dtype}")
-    if not isinstance(ignore_index, int | None) and not hasattr(ignore_index, "__index__"):
-        raise TypeError(
-            f"ignore_index must be an integer or None, got {type(ignore_index).__name__}"
-        )
+    check_index("ignore_index", ignore_index)
     ids = target.to(torch.int64)
     if several and target.ndim == len(lead) + 1 and target.shape[:-1] == lead:
         if not target.shape[-1]:
@@ -258,6 +255,12 @@ def check_number(name: str, value: object) -> None:
     """Raise a TypeError for what is no number, nor a tensor that holds one."""
     if not isinstance(value, float | int) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_index(name: str, value: object) -> None:
+    """Raise a TypeError for what is neither None nor an integer."""
+    if not isinstance(value, int | None) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
 
 
 def checked_options(options: LinearLossOptions | None) -> LinearLossOptions:

@@ -25,7 +25,7 @@ def check_keywords(module: nn.Module, function: Callable[..., Any], *own: str) -
     """
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
-    if unknown := [name for name in module.options if name not in known]:  # type: ignore[operator,union-attr]
+    if unknown := [name for name in module.options if name not in known]:  # type: ignore[union-attr]
         raise TypeError(
             f"{type(module).__name__} must get keywords among {', '.join(known)}, "
             f"got {', '.join(unknown)}"
