@@ -3,23 +3,23 @@
 x, w, b and the target are saved with ``save_for_backward`` and unpacked in every backward, so that
 freed graphs, in-place edits and offload hooks behave as in PyTorch. One sweep has its gradients
 before backward; the first backward scales these buffers in place and hands them out, a later one
-computes them again. Second derivatives go through `lossops.reference`, at the memory of the full
+computes them again. Higher derivatives go through `lossops.reference`, at the memory of the full
 logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossops import backends, ops, reference
 from lossops.near_far import NearFar
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
-from lossops.schedules import Gradients, without_autocast
+from lossops.schedules import HALF_UNIT, Gradients, power_of_two, without_autocast
 from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Optional = Tensor | None
@@ -28,6 +28,28 @@ Optional = Tensor | None
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, which has no annotations in torch."""
     return function.apply(*arguments)
+
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def differentiable_once(what: str) -> Callable[[Backward], Backward]:
+    """Make a backward, which has no derivative of its own, refuse ``create_graph=True``.
+
+    torch's ``once_differentiable`` refuses in a later ``backward`` alone: ``autograd.grad`` leaves
+    its part out, and where the upstream gradient is a constant the result is one as well.
+    """
+
+    def decorated(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{what} has first derivatives only, not for create_graph=True")
+            return backward(ctx, *grads)
+
+        return cast(Backward, run)
+
+    return decorated
 
 
 NO_GRADIENT = ("shift", *INDEX_OUTPUTS)
@@ -122,7 +144,6 @@ class StatisticsGradient(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         x, w, b, scale, target, class_vector, teacher, *rest = ctx.saved_tensors
         softcap, names, _, _, needs = ctx.static
@@ -261,7 +282,6 @@ class ScaledGradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         g, *inputs = ctx.saved_tensors
         found, again = differentiate_twice(ctx.value, inputs, [g], cotangents, ctx.needs)
@@ -305,11 +325,14 @@ def differentiate_twice(
 ) -> tuple[list[Optional], list[Optional]]:
     """Backward of (inputs, upstream) -> gradients of Σ upstream · value(inputs), by autograd.
 
-    Returns the gradients of ``inputs`` and of ``upstream``.
+    Returns the gradients of ``inputs`` and of ``upstream``, differentiable again where asked.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), without_autocast(upstream[0].device):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        weights = [u.detach().requires_grad_() for u in upstream]
+        leaves = [
+            None if t is None else alias(t, need) for t, need in zip(inputs, needs, strict=True)
+        ]
+        weights = [alias(u) for u in upstream]
         wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
         first = torch.autograd.grad(
             value(*leaves),  # type: ignore[arg-type]
@@ -322,17 +345,34 @@ def differentiate_twice(
             c for c, t, n in zip(cotangents, leaves, needs, strict=True) if t is not None and n
         ]
         pairs = [
-            (f, c) for f, c in zip(first, given, strict=True) if f is not None and c is not None
+            (f, c.to(f.dtype))
+            for f, c in zip(first, given, strict=True)
+            if f is not None and c is not None and f.requires_grad
         ]
-        present = [t for t in leaves if t is not None]
+        around = (*leaves, *weights)
+        if not pairs:
+            return [None] * len(leaves), [None] * len(weights)
         second = torch.autograd.grad(
             [f for f, _ in pairs],
-            [*present, *weights],
-            [c.to(f.dtype) for f, c in pairs],
+            [t for t in around if t is not None and t.requires_grad],
+            [c for _, c in pairs],
+            create_graph=again,
             allow_unused=True,
         )
-    found = iter(second[: len(present)])
-    return [None if t is None else next(found) for t in leaves], list(second[len(present) :])
+    found = iter(second)
+    back = [None if t is None or not t.requires_grad else next(found) for t in around]
+    return back[: len(leaves)], back[len(leaves) :]
+
+
+def alias(t: Tensor, differentiated: bool = False) -> Tensor:
+    """The same numbers as a node of their own, which leads back to what made them.
+
+    Features made from the weight: a gradient for the weight's alias leaves theirs out.
+    """
+    if t.requires_grad:
+        with torch.enable_grad():
+            return t.view_as(t)
+    return t.detach().requires_grad_() if differentiated else t
 
 
 class LogitsStatistics(torch.autograd.Function):
@@ -408,7 +448,10 @@ class LogitsGradientInPlace(torch.autograd.Function):
             target,
             logits.shape[1],
         )
-        ctx.gradient = logits.detach()
+        ctx.gradient, ctx.unit = logits.detach(), None
+        if logits.dtype == torch.float16:  # row weights of 1e5 overflow it, of 1e-7 vanish in it
+            ctx.unit = HALF_UNIT / power_of_two(largest_slope(coefficients, class_vector, teacher))
+            coefficients = {n: c * ctx.unit for n, c in coefficients.items()}
         given = [coefficients.get(n) for n in order]
         primitives.logits_gradient(ctx.gradient, *spec, stats, given, ctx.gradient)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits must notice
@@ -417,7 +460,7 @@ class LogitsGradientInPlace(torch.autograd.Function):
         return losses.sum(), argmax
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cross_entropy(inplace=True)")
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         if ctx.gradient is None:
             raise RuntimeError(
@@ -425,4 +468,18 @@ class LogitsGradientInPlace(torch.autograd.Function):
                 "a second one needs inplace=False"
             )
         dz, ctx.gradient = ctx.gradient, None
-        return (dz.mul_(g), *(None,) * 10)
+        return (dz.mul_(g if ctx.unit is None else g / ctx.unit), *(None,) * 10)
+
+
+def largest_slope(
+    coefficients: Mapping[str, Tensor], class_vector: Optional, teacher: Optional
+) -> Tensor:
+    """What no finite |dz| of cross-entropy exceeds, ()."""
+    total = torch.zeros((), device=next(iter(coefficients.values())).device)
+    for name, c in coefficients.items():
+        bound = c.nan_to_num(0.0, 0.0, 0.0).abs().flatten()
+        factors = {"weighted_sum": (class_vector,), "teacher": (class_vector, teacher)}
+        for t in factors.get(name, ()):
+            bound = bound if t is None else bound * t.abs().amax()
+        total = total + bound.max() if bound.numel() else total
+    return total

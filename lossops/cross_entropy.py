@@ -8,15 +8,14 @@ the formulas and their gradients are in `lossops.recipes`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
-from lossops import backends
+from lossops import backends, reference
 from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
 from lossops.class_parallel import (
     at_targets,
@@ -31,6 +30,7 @@ from lossops.distributed import summed
 from lossops.inputs import (
     HeadInputs,
     check_devices,
+    check_number,
     check_reduction,
     check_tensor,
     checked_options,
@@ -38,6 +38,7 @@ from lossops.inputs import (
     class_ids,
     class_weight,
     flat_logits,
+    head_inputs,
     near_request,
     row_weight,
 )
@@ -166,11 +167,12 @@ def linear_cross_entropy(
 
     Args:
         input: x, (..., D) floating point.
-        linear_weight: w, (V, D); (V, d_1, ..., d_K, D) goes through PyTorch.
-        target: class ids (...), int64, or class probabilities (..., V), floating point.
+        linear_weight: w, (V, D); (V, d_1, ..., d_K, D), of PyTorch's keywords, stores the logits.
+        target: class ids (...), int64, or class probabilities (..., V), floating point. Where
+            these, or class weights beside them, want a gradient, all logits are stored.
         linear_bias: b, (V,). Default: ``None``.
-        weight: class weights, (V,), of this rank's classes where there is a ``class_group``.
-            Default: ``None``.
+        weight: class weights, (V,), of this rank's classes where there is a ``class_group``;
+            differentiable beside class probabilities. Default: ``None``.
         sample_weight: row weights, (...), differentiable. Default: ``None``.
         reduction: ``"mean"`` (over Σ u_n), ``"sum"`` or ``"none"``. Default: ``'mean'``.
         ignore_index: target id of ignored rows; None means -100. Default: ``None``.
@@ -223,13 +225,18 @@ def linear_cross_entropy(
     _check_outputs(outputs)
     check_tensor("linear_weight", linear_weight)
     check_tensor("target", target)
-    if linear_weight.ndim > 2:
-        return _k_dimensional(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-            label_smoothing, (sample_weight, logit_scale, softcap, lse_square_scale or None,
-                              near_threshold, outputs or None),
-        )  # fmt: skip
     opts = checked_options(None if isinstance(options, LinearCrossEntropyOptions) else options)
+    if linear_weight.ndim > 2:
+        extras = {
+            "sample_weight": sample_weight, "logit_scale": logit_scale, "softcap": softcap,
+            "lse_square_scale": lse_square_scale or None, "near_threshold": near_threshold,
+            "class_group": class_group, "outputs": outputs or None,
+            "schedule": None if opts.schedule == "auto" else opts.schedule,
+        }  # fmt: skip
+        return _k_dimensional(
+            input, linear_weight, target, linear_bias, extras, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, backend=backend,
+        )  # fmt: skip
     head, shards = spread_head(
         input, linear_weight, linear_bias, logit_scale, softcap, class_group, {"weight": weight},
         {"target probabilities": target if target.is_floating_point() else None},
@@ -238,15 +245,20 @@ def linear_cross_entropy(
     head = near_or_spread(head, near, shards)
     if "near_far" in outputs and not head.near.on:
         raise ValueError("outputs 'near_far' needs near_threshold, got None")
-    if _differentiates(target):
+    if _differentiates(target, weight):
         if head.near.on:
             raise ValueError(
-                "near_threshold is not available with target probabilities that want a gradient; "
-                "pass target.detach() or leave it out"
+                "near_threshold is not available with target probabilities that want a gradient, "
+                "nor class weights beside them; detach these or leave it out"
+            )
+        if opts.schedule == "one_sweep":
+            raise ValueError(
+                "schedule='one_sweep' needs target probabilities, and class weights beside them, "
+                "without gradient; use schedule='auto'"
             )
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
-            lse_square_scale, outputs,
+            lse_square_scale, outputs, backend,
         )  # fmt: skip
     task = _Task.build(
         target, head.lead, head.w.shape[0], head, weight, sample_weight, ignore_index,
@@ -390,10 +402,15 @@ def cross_entropy(
     z = flat_logits(logits)
     lead, v = logits.shape[:-1], z.shape[1]
     head = HeadInputs(z, z, None, None, 0.0, lead)
-    if _differentiates(target):
+    if _differentiates(target, weight):
+        if inplace:
+            raise ValueError(
+                "inplace=True does not differentiate target probabilities, nor class weights "
+                "beside them; detach them"
+            )
         return _through_reference(
             head, target, weight, sample_weight, reduction, ignore_index, label_smoothing,
-            lse_square_scale, outputs, logits=True,
+            lse_square_scale, outputs, backend, logits=True,
         )  # fmt: skip
     task = _Task.build(
         target, lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
@@ -440,11 +457,13 @@ class _Task(NamedTuple):
         shards: Shards | None = None,
     ) -> _Task:
         """``v`` and ``weight`` are of this rank's classes, ``target`` of all."""
+        check_number("label_smoothing", label_smoothing)
+        check_number("lse_square_scale", lse_square_scale)
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         x, eps = head.x, label_smoothing
         check_devices(x, target=target)
-        a = class_weight(weight, v, x)
+        a = class_weight(weight, v, x, differentiable=target.is_floating_point())
         rows = row_weight(sample_weight, lead, x)
         ones = x.new_ones(x.shape[0], dtype=accumulate_dtype(x.dtype))
         each = ones if rows is None else rows
@@ -559,8 +578,10 @@ def _check_outputs(outputs: Collection[str]) -> None:
         raise ValueError(f"outputs must be names among {', '.join(OUTPUTS)}, got {outputs!r}")
 
 
-def _differentiates(target: Tensor) -> bool:
-    return target.is_floating_point() and target.requires_grad and torch.is_grad_enabled()
+def _differentiates(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether class probabilities, or class weights beside them, want a gradient."""
+    wanted = target.requires_grad or (isinstance(weight, Tensor) and weight.requires_grad)
+    return target.is_floating_point() and wanted and torch.is_grad_enabled()
 
 
 def _through_reference(
@@ -573,11 +594,11 @@ def _through_reference(
     label_smoothing: float,
     lse_square_scale: float,
     outputs: Collection[str],
+    backend: str,
     logits: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """Class probabilities that want a gradient: plain autograd on stored logits."""
-    from lossops import reference
-
+    """Class probabilities, or weights, that want a gradient: plain autograd on stored logits."""
+    backends.select(backend, head.x.device, head.x.dtype)  # its objections, as elsewhere
     v = head.w.shape[1] if logits else head.w.shape[0]
     task = _Task.build(
         target, head.lead, v, head, weight, sample_weight, ignore_index, label_smoothing,
@@ -595,22 +616,36 @@ def _k_dimensional(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    extras: tuple[Any, ...],
+    extras: Mapping[str, object],
+    **keywords: Any,
 ) -> Tensor:
-    """Weights (V, d_1, ..., d_K, D): PyTorch's own function, which stores the logits."""
-    if any(e is not None for e in extras):
+    """Weights (V, d_1, ..., d_K, D): a softmax over V at each place, on stored logits."""
+    if given := [name for name, value in extras.items() if value is not None]:
         raise ValueError(
-            "sample_weight, logit_scale, softcap, lse_square_scale, near_threshold and outputs "
-            f"need linear_weight of shape (V, D), got {tuple(linear_weight.shape)}"
+            f"{', '.join(given)} needs linear_weight of shape (V, D), got "
+            f"{tuple(linear_weight.shape)}"
         )
-    return F.linear_cross_entropy(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight,
-        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
-    )  # fmt: skip
+    check_tensor("input", input)
+    if input.ndim != 2:
+        raise ValueError(
+            "input must have shape (N, D) where linear_weight has shape (V, d_1, ..., d_K, D), "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    places = linear_weight.shape[:-1]
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
+        if linear_bias.shape != places:
+            raise ValueError(
+                f"linear_bias must have shape {tuple(places)}, got {tuple(linear_bias.shape)}"
+            )
+        linear_bias = linear_bias.reshape(-1)
+    head = head_inputs(input, linear_weight.flatten(0, -2), linear_bias, None, None)
+    with without_autocast(head.x.device):
+        z = reference.linear_logits(*head[:5]).unflatten(1, places)
+    if target.is_floating_point() and target.ndim > 1:
+        target = target.movedim(1, -1)
+    loss: Tensor = cross_entropy(z.movedim(1, -1), target, **keywords)
+    return loss
 
 
 def _check_inplace(

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lossops.autograd import apply, like_scale
+from lossops.autograd import apply, differentiable_once, like_scale
 from lossops.binary import Binary
 from lossops.inputs import HeadInputs
 from lossops.pair_ops import inner, primitives
@@ -228,7 +227,7 @@ class SummedGradient(torch.autograd.Function):
         return t.view_as(t)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a loss over several processes")
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         return summed(g.to(accumulate_dtype(g.dtype)), ctx.group).to(g.dtype), None
 
@@ -259,7 +258,7 @@ class GatherRows(torch.autograd.Function):
         return gather_rows(t, counts, group)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a loss over several processes")
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         rank = dist.get_rank(ctx.group)
         first = sum(ctx.counts[:rank])
@@ -296,7 +295,7 @@ class RingBinaryLoss(torch.autograd.Function):
         return (losses * factor).sum()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a loss over several processes")
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         inputs, needs = ctx.saved_tensors, ctx.spec[4]
         gradients = ctx.gradients or _binary_around(inputs, *ctx.spec)[1]
@@ -395,7 +394,7 @@ class RingPairStatistics(torch.autograd.Function):
         return (*rows, *columns, target)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a loss over several processes")
     def backward(ctx: Any, *grads: Optional) -> tuple[Any, ...]:
         x, w, scale, shift, lse, column_shift, column_lse = ctx.saved_tensors
         those: Peers = ctx.those

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lossops.autograd import apply
+from lossops.autograd import apply, differentiable_once
 from lossops.class_table import ClassTable
 from lossops.factors import (
     Factors,
@@ -476,7 +476,7 @@ class _HeadStatistics(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once("FactoredSphericalHead")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, ids, base, own, product, average = ctx.saved_tensors
         head: FactoredSphericalHead = ctx.head

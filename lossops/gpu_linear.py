@@ -22,9 +22,9 @@ from torch import Tensor
 
 from lossops.gpu_layout import Logits, Spec
 from lossops.reference import TILE, Coefficients, scaled_rows, target_gradient
+from lossops.schedules import HALF_UNIT, power_of_two
 from lossops.statistics import is_log_sum, outputs, temperature
 
-HALF_UNIT = 2.0**14  # of float16, whose largest number is just below 2^16
 SLAB_BYTES = 256 * 2**20  # of float32 products where the caller gives no buffer
 # Statistics whose basis is not within [-1, 1].
 UNBOUNDED = ("mean", "variance", "moment", "weighted_sum", "teacher")
@@ -421,17 +421,13 @@ def can_pack(r: Tensor) -> bool:
 
 
 def _power_of_two(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:
-    """G (), a power of two at or above every row's sum of finite coefficients, without a sync.
-
-    At least 2^-112 and at most 2^127: neither it nor ``HALF_UNIT`` / G is infinite or 0.
-    """
+    """G (), a power of two at or above every row's sum of finite coefficients."""
     total = like.new_zeros(())
     for name, c in zip(outputs(names), coefficients, strict=True):
         if c is not None and name != "target" and c.numel():
             t = temperature(name) if is_log_sum(name) else 1.0
             total = total + t * c.nan_to_num(0.0, 0.0, 0.0).abs().amax()
-    exponent = torch.frexp(total)[1].clamp(-112, 127)
-    return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
+    return power_of_two(total)
 
 
 def products(

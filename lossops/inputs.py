@@ -44,6 +44,8 @@ def head_inputs(
         ValueError: shapes, devices or options that do not fit.
     """
     _check_shapes(input, linear_weight, linear_bias)
+    if softcap is not None:
+        check_number("softcap", softcap)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
     scale = _scale(logit_scale, input)
@@ -140,6 +142,7 @@ def class_ids(
     check_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"target must hold integer class ids, got {target.dtype}")
+    check_index("ignore_index", ignore_index)
     ids = target.to(torch.int64)
     if several and target.ndim == len(lead) + 1 and target.shape[:-1] == lead:
         if not target.shape[-1]:
@@ -189,7 +192,12 @@ def flat_logits(logits: Tensor) -> Tensor:
 
 
 def class_weight(
-    weight: Tensor | None, num_classes: int, like: Tensor, name: str = "weight"
+    weight: Tensor | None,
+    num_classes: int,
+    like: Tensor,
+    name: str = "weight",
+    *,
+    differentiable: bool = False,
 ) -> Tensor | None:
     """Class weights (V,) checked, in the accumulate dtype of ``like``."""
     if weight is None:
@@ -197,7 +205,7 @@ def class_weight(
     check_float(name, weight)
     if weight.shape != (num_classes,):
         raise ValueError(f"{name} must have shape ({num_classes},), got {tuple(weight.shape)}")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled() and not differentiable:
         raise ValueError(f"{name} is not differentiated; pass {name}.detach()")
     check_devices(like, **{name: weight})
     return weight.to(accumulate_dtype(like.dtype))
@@ -252,6 +260,18 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise a TypeError for what is no number, nor a tensor that holds one."""
+    if not isinstance(value, float | int) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_index(name: str, value: object) -> None:
+    """Raise a TypeError for what is neither None nor an integer."""
+    if not isinstance(value, int | None) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
+
+
 def checked_options(options: LinearLossOptions | None) -> LinearLossOptions:
     """The options given, or the default ones."""
     if not isinstance(options, LinearLossOptions | None):
@@ -276,6 +296,7 @@ def _scale(logit_scale: float | Tensor | None, input: Tensor) -> Tensor | None:
                 f"logit_scale must be a number or one element, got {tuple(logit_scale.shape)}"
             )
         return logit_scale.reshape(())
+    check_number("logit_scale", logit_scale)
     dtype = accumulate_dtype(input.dtype)
     return torch.full((), float(logit_scale), dtype=dtype, device=input.device)
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossops import backends, reference
-from lossops.autograd import apply, hand_out
+from lossops.autograd import alias, apply, hand_out
 from lossops.inputs import HeadInputs
 from lossops.near_far_sweep import any_one_sweep
 from lossops.ops import check_target
@@ -135,8 +134,8 @@ def _reaches_others(losses: Tensor, known: set[int], made_by: set[Any]) -> bool:
 class ReferenceGradients(torch.autograd.Function):
     """Gradients of one sweep with parameters or row tensors, differentiable again, by autograd.
 
-    All but the parameters, which F closes over, are cut off from what made them: features computed
-    from the weight must not count twice.
+    All but the parameters, which F closes over, are stood in for: features computed from the weight
+    must not count twice.
     """
 
     @staticmethod
@@ -149,10 +148,9 @@ class ReferenceGradients(torch.autograd.Function):
         return tuple(_first(value, sweep, tensors, g, create_graph=False)[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         g, *tensors = ctx.saved_tensors
-        upstream = g.detach().requires_grad_()
+        again, upstream = torch.is_grad_enabled(), alias(g, True)
         leaves, first = _first(ctx.value, ctx.sweep, tensors, upstream, create_graph=True)
         pairs = zip(first, cotangents, strict=True)
         used = [(f, c) for f, c in pairs if f is not None and c is not None and f.requires_grad]
@@ -161,7 +159,8 @@ class ReferenceGradients(torch.autograd.Function):
             return (None,) * (2 + len(given))
         wanted = [t for t in given if t is not None and t.requires_grad]
         values, weights = zip(*used, strict=True)
-        found = iter(torch.autograd.grad(values, wanted, weights, allow_unused=True))
+        options = {"create_graph": again, "allow_unused": True}
+        found = iter(torch.autograd.grad(values, wanted, weights, **options))
         back = [None if t is None or not t.requires_grad else next(found) for t in given]
         return (None, None, *back)
 
@@ -172,9 +171,7 @@ def _first(
     """What stands for the tensors, and the gradients of g · value for those that want one."""
     count = len(sweep.parameters)
     with torch.enable_grad(), without_autocast(g.device):
-        leaves = [
-            None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors
-        ]
+        leaves = [None if t is None else alias(t) for t in tensors]
         leaves[4 : 4 + count] = sweep.parameters
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         total = value(*leaves[:4], leaves[4 + count :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,23 @@ from torch import Tensor, nn
 from lossops.cross_entropy import cross_entropy, linear_cross_entropy, linear_log_prob
 from lossops.linear import linear_loss
 from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
+
+
+def check_keywords(module: nn.Module, function: Callable[..., Any], *own: str) -> None:
+    """Raise a TypeError for options of a module that ``function`` does not take.
+
+    Args:
+        module: with ``options``.
+        function: whose keywords they are.
+        own: keywords that the module gives itself.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
+    if unknown := [name for name in module.options if name not in known]:  # type: ignore[union-attr]
+        raise TypeError(
+            f"{type(module).__name__} must get keywords among {', '.join(known)}, "
+            f"got {', '.join(unknown)}"
+        )
 
 
 class _LinearHead(nn.Module):
@@ -76,6 +94,7 @@ class LinearCrossEntropyLoss(_LinearHead):
         self, in_features: int, num_classes: int, *, weight: Tensor | None = None, **options: Any
     ) -> None:
         super().__init__(in_features, num_classes, **options)
+        check_keywords(self, linear_cross_entropy, "linear_bias", "weight")
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
@@ -108,6 +127,10 @@ class LinearLogProb(_LinearHead):
         (torch.Size([4]), torch.Size([4]))
     """
 
+    def __init__(self, in_features: int, num_classes: int, **options: Any) -> None:
+        super().__init__(in_features, num_classes, **options)
+        check_keywords(self, linear_log_prob, "linear_bias")
+
     def forward(self, input: Tensor, target: Tensor) -> Any:
         """log p of ``target`` (...), or with the entropy."""
         return linear_log_prob(
@@ -137,6 +160,7 @@ class LinearLoss(_LinearHead):
         self, in_features: int, num_classes: int, loss_fn: Callable[..., Tensor], **options: Any
     ) -> None:
         super().__init__(in_features, num_classes, **options)
+        check_keywords(self, linear_loss, "linear_bias", "row_inputs", "parameters")
         self.loss_fn = loss_fn
 
     def forward(self, input: Tensor, target: Tensor | None, **row_inputs: Tensor) -> Tensor:
@@ -173,6 +197,7 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, *, weight: Tensor | None = None, **options: Any) -> None:
         super().__init__()
         self.options = options
+        check_keywords(self, cross_entropy, "weight")
         self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, target: Tensor) -> Any:
@@ -226,6 +251,7 @@ class SigmoidPairwiseLoss(_PairwiseLoss):
 
     def __init__(self, *, learnable: bool = False, **options: Any) -> None:
         super().__init__(math.log(10.0), -10.0, learnable, **options)
+        check_keywords(self, sigmoid_pairwise_loss)
 
     def forward(
         self,
@@ -265,6 +291,7 @@ class SoftmaxPairwiseLoss(_PairwiseLoss):
 
     def __init__(self, *, learnable: bool = False, **options: Any) -> None:
         super().__init__(math.log(1 / 0.07), None, learnable, **options)
+        check_keywords(self, softmax_pairwise_loss)
 
     def forward(
         self,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossops import backends, reference_pairs
 from lossops import pair_ops as pair_ops  # registers the ops
@@ -199,7 +198,6 @@ class PairGradient(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Optional) -> tuple[Any, ...]:
         x, w, scale, target, *coefficients = ctx.saved_tensors
 

@@ -17,7 +17,7 @@ weights, label smoothing, class probabilities and the lse² penalty are one form
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -55,14 +55,17 @@ def poison(*extremes: Tensor) -> Tensor:
     return factor
 
 
+def extremes(values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What a row of cross-entropy is poisoned by; lse of -inf over all classes is 0 / 0 too."""
+    lse = values["lse"]
+    return (lse, values["target"]) if "target" in values else (lse, -lse)
+
+
 def cross_entropy_losses(stats: RowStatistics, terms: CrossEntropyTerms) -> Tensor:
     """Loss of each row (N,), differentiable in the statistics and the factors."""
     values = stats.values
     relative = stats.relative_logsumexp
     losses = torch.zeros_like(stats.shift)
-    extremes = [values["lse"]]
-    if "target" in values:
-        extremes.append(values["target"])
     if terms.nll is not None:
         losses = losses - terms.nll * stats.log_p
     if terms.lse is not None:
@@ -74,7 +77,7 @@ def cross_entropy_losses(stats: RowStatistics, terms: CrossEntropyTerms) -> Tens
         losses = losses - terms.taught * values["teacher"]
     if terms.square is not None:
         losses = losses + terms.square * stats.logsumexp.square()
-    return losses * poison(*extremes)
+    return losses * poison(*extremes(values))
 
 
 def cross_entropy_rows(
@@ -94,7 +97,7 @@ def cross_entropy_rows(
     stats = RowStatistics(single, num_classes)
     losses = cross_entropy_losses(stats, terms)
     coefficients: dict[str, Tensor] = {}
-    factor = poison(*(single[n] for n in ("lse", "target") if n in single))
+    factor = poison(*extremes(single))
     slope = None  # λ
     if terms.lse is not None:
         slope = terms.lse

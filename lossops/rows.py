@@ -15,11 +15,10 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lossops import backends, cuda_rows, reference_rows
-from lossops.autograd import apply
+from lossops.autograd import apply, differentiable_once
 
 EPS = 1e-12
 """Rows shorter than this are not normalised, as in torch.nn.functional.normalize."""
@@ -121,7 +120,7 @@ class NormalizedRows(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a head of normalised rows")
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         ids, rows, norms = ctx.saved_tensors
         dw = primitives(rows).normalized_rows_gradient(rows, norms, g)

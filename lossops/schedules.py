@@ -19,6 +19,7 @@ from torch import Tensor
 from lossops.reference import accumulate_dtype
 
 MIB = 2**20
+HALF_UNIT = 2.0**14  # of float16, whose largest number is just below 2^16
 
 
 class ChunkSize(NamedTuple):
@@ -78,6 +79,10 @@ class LinearLossOptions:
         choices = ("auto", "one_sweep", "two_sweeps")
         if self.schedule not in choices:
             raise ValueError(f"schedule must be one of {', '.join(choices)}, got {self.schedule!r}")
+        for name in ("max_workspace_bytes", "chunk_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and (value is not None or name != "chunk_rows"):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
         if self.max_workspace_bytes <= 0:
             raise ValueError(
                 f"max_workspace_bytes must be positive, got {self.max_workspace_bytes}"
@@ -250,6 +255,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def power_of_two(total: Tensor) -> Tensor:
+    """A power of two at or above total (), at least 2^-112 and at most 2^127, without a sync.
+
+    Neither it nor ``HALF_UNIT`` / it is infinite or 0; 1 where total is no number.
+    """
+    exponent = torch.frexp(total)[1].clamp(-112, 127)
+    return torch.where(total.isfinite(), torch.ldexp(torch.ones_like(total), exponent), 1.0)
 
 
 def flatten_none(tensors: Sequence[Any], like: Tensor) -> list[Tensor]:

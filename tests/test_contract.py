@@ -399,6 +399,42 @@ def test_4_second_derivatives_go_through_the_reference(form: str, backend: str) 
     torch.testing.assert_close(*found)
 
 
+def second_derivatives(gradients: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Of the squared gradients, with a graph of their own."""
+    total = sum(g.square().sum() for g in gradients)
+    return list(torch.autograd.grad(total, leaves, create_graph=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_4_third_derivatives_are_no_less_than_all_of_them(form: str, backend: str) -> None:
+    """once_differentiable refuses in ``backward``; ``autograd.grad`` leaves its part out."""
+    x, w, b, y = make_inputs(3, 11, 4)
+    found = []
+    for function in (
+        ours(y, backend, **FORMS[form]),
+        plain(y, FORMS[form].get("reduction", "mean")),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        first = torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
+        found.append(second_derivatives(second_derivatives(first, leaves), leaves))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_4_second_derivatives_by_transforms(form: str, backend: str) -> None:
+    x, w, b, y = make_inputs(3, 11, 4)
+
+    def twice(function, *tensors):
+        def size(*tensors):
+            return sum(g.square().sum() for g in torch.func.grad(function, (0, 1, 2))(*tensors))
+
+        return torch.func.grad(size, (0, 1, 2))(*tensors)
+
+    loss, same = ours(y, backend, **FORMS[form]), plain(y, FORMS[form].get("reduction", "mean"))
+    found = twice(lambda *t: loss(*t).sum(), x, w, b)
+    torch.testing.assert_close(found, twice(lambda *t: same(*t).sum(), x, w, b))
+
+
 def test_4_what_is_not_differentiated_is_refused(backend: str) -> None:
     x, w, _, y = small()
     a = torch.rand(131, dtype=torch.float64, requires_grad=True)
@@ -412,6 +448,23 @@ def test_4_what_is_not_differentiated_is_refused(backend: str) -> None:
         lossops.linear_statistics(
             x, w, names=("teacher",), teacher=a.expand(7, -1), backend=backend
         )
+
+
+FIRST_ONLY = {
+    "in place": lambda x, y: lossops.cross_entropy(x * 1, y, inplace=True),
+    "normalised rows": lambda x, y: lossops.PartialFC(33, 33)(x, y),
+    "factored": lambda x, y: lossops.FactoredSphericalHead(33, 33)(x, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("name", FIRST_ONLY)
+def test_4_second_derivatives_that_are_not_there_are_refused(name: str) -> None:
+    """Not left out as zero: the upstream gradient of a loss itself is a constant."""
+    x = torch.randn(5, 33, requires_grad=True)
+    loss = FIRST_ONLY[name](x, torch.arange(5))
+    with pytest.raises(RuntimeError, match="has first derivatives only, not for create_graph=True"):
+        loss.backward(create_graph=True)
 
 
 # 5. All rows ignored or weights summing to zero; targets out of range; NaN and infinities.
@@ -522,6 +575,30 @@ def test_5_nan_and_infinities_propagate_as_in_pytorch(poison: str, form: str, ba
     expected = value_and_gradients(plain(y, "none" if form == "none" else "mean"), tensors)
     # Rows nobody counts: 0 where they are skipped; PyTorch spreads the NaN of a class to them.
     found[1][y < 0] = expected[1][y < 0] = 0.0
+    for name, mine, theirs in zip(NAMES, found, expected, strict=False):
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-10, atol=1e-12, equal_nan=True, msg=f"{name}: {mine}"
+        )
+
+
+@pytest.mark.parametrize("form", [*FORMS, "logits"])
+@pytest.mark.parametrize("poison", [p for p in POISONS if p != "masked-class"])
+def test_5_so_they_do_where_targets_are_probabilities(poison: str, form: str, backend: str) -> None:
+    x, w, b, _ = small()
+    name, at, value = POISONS[poison]
+    {"x": x, "w": w, "b": b}[name][at] = value
+    p = torch.rand(7, 131, dtype=torch.float64)
+    reduction = "none" if form == "none" else "mean"
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if form == "logits":
+            return lossops.cross_entropy(F.linear(x, w, b), p, backend=backend)
+        return ours(p, backend, **FORMS[form])(x, w, b)
+
+    found = value_and_gradients(loss, (x, w, b))
+    expected = value_and_gradients(
+        lambda *t: F.cross_entropy(F.linear(*t), p, reduction=reduction), (x, w, b)
+    )
     for name, mine, theirs in zip(NAMES, found, expected, strict=False):
         torch.testing.assert_close(
             mine, theirs, rtol=1e-10, atol=1e-12, equal_nan=True, msg=f"{name}: {mine}"

@@ -112,6 +112,34 @@ def test_calls_of_pytorch_with_class_probabilities_mean_the_same(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_class_weights_beside_probabilities_have_a_gradient(reduction: str, backend: str) -> None:
+    x, w, b, _ = problem()
+    options = {"reduction": reduction, "label_smoothing": 0.3}
+    kinds = {
+        lossops.linear_cross_entropy: {"backend": backend},
+        F.linear_cross_entropy: {},
+    }
+    found = [
+        value_and_gradients(
+            lambda x, w, b, a, f=f, k=k: f(
+                x, w, probabilities(), linear_bias=b, weight=a, **options, **k
+            ),
+            (x, w, b, class_weights()),
+        )
+        for f, k in kinds.items()
+    ]
+    assert_close(*found)
+    logits = [
+        value_and_gradients(
+            lambda z, a, f=f, k=k: f(z, probabilities(), weight=a, **options, **k),
+            (F.linear(x, w, b), class_weights()),
+        )
+        for f, k in ((lossops.cross_entropy, {"backend": backend}), (F.cross_entropy, {}))
+    ]
+    assert_close(*logits)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_row_without_a_batch_dimension(reduction: str, backend: str) -> None:
     x, w, b, _ = problem()
     for target in (torch.tensor(5), probabilities()[0], torch.tensor(-1)):
@@ -129,21 +157,40 @@ def test_one_row_without_a_batch_dimension(reduction: str, backend: str) -> None
         assert_close(*(value_and_gradients(f, (x[0], w, b)) for f in kinds.values()))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("target", ["ids", "probabilities"])
-def test_k_dimensional_weights_mean_the_same(target: str) -> None:
+def test_k_dimensional_weights_mean_the_same(target: str, reduction: str, backend: str) -> None:
     draw = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(s, generator=draw, dtype=torch.float64)
-               for s in ((4, 5), (6, 2, 3, 5), (6, 2, 3)))  # fmt: skip
+    x, w, b, a = (torch.randn(s, generator=draw, dtype=torch.float64)
+                  for s in ((4, 5), (6, 2, 3, 5), (6, 2, 3), (6,)))  # fmt: skip
     y = torch.randint(6, (4, 2, 3), generator=draw)
+    y[1, 0, 2] = -100
     if target == "probabilities":
         y = torch.rand(4, 6, 2, 3, generator=draw, dtype=torch.float64).softmax(1)
+    options = {"label_smoothing": 0.1, "reduction": reduction, "weight": a.abs()}
     kinds = (
-        lambda x, w, b: lossops.linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=0.1),
-        lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=0.1),
+        lambda x, w, b: lossops.linear_cross_entropy(
+            x, w, y, linear_bias=b, backend=backend, **options
+        ),
+        lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b, **options),
     )
-    assert_close(*(value_and_gradients(f, (x, w, b)) for f in kinds))
-    with pytest.raises(ValueError, match=r"need linear_weight of shape \(V, D\)"):
-        lossops.linear_cross_entropy(x, w, y, linear_bias=b, softcap=5.0)
+    upstream = torch.randn(4, 2, 3, generator=draw) if reduction == "none" else 1.7
+    assert_close(*(value_and_gradients(f, (x, w, b), upstream) for f in kinds))
+
+
+def test_k_dimensional_weights_keep_the_contract(backend: str) -> None:
+    """A float32 loss in half precision, and 0 where nothing is counted."""
+    x, w = torch.randn(40, 5).bfloat16(), torch.randn(6, 2, 5).bfloat16()
+    y = torch.randint(6, (40, 2))
+    found = lossops.linear_cross_entropy(x, w, y, backend=backend)
+    exact = F.linear_cross_entropy(x.double(), w.double(), y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    ignored = torch.full_like(y, -100)
+    found = value_and_gradients(
+        lambda x, w: lossops.linear_cross_entropy(x, w, ignored, backend=backend), (x, w)
+    )
+    assert not any(t.any() for t in found)
 
 
 def test_options_of_pytorch_are_accepted(backend: str) -> None:

@@ -111,6 +111,16 @@ HEAD_ERRORS = {
     "softcap: zero": ((X, W, Y), {"softcap": 0.0}, ValueError, r"softcap must be .*, got 0\.0"),
     "softcap: infinite": ((X, W, Y), {"softcap": math.inf}, ValueError, r"finite, got inf"),
     "softcap: NaN": ((X, W, Y), {"softcap": math.nan}, ValueError, r"finite, got nan"),
+    "softcap: a string": (
+        (X, W, Y), {"softcap": "high"}, TypeError, r"^softcap must be a number, got str$"
+    ),
+    "scale: a list": (
+        (X, W, Y), {"logit_scale": [2.0]}, TypeError, r"^logit_scale must be a number, got list$"
+    ),
+    "ignore_index": (
+        (X, W, Y), {"ignore_index": 1.0}, TypeError,
+        r"^ignore_index must be an integer or None, got float$",
+    ),
     "scale: several": (
         (X, W, Y), {"logit_scale": torch.ones(2)}, ValueError,
         r"logit_scale must be a number or one element, got \(2,\)",
@@ -205,6 +215,12 @@ CROSS_ENTROPY_ERRORS = {
     "label_smoothing: NaN": (
         {"label_smoothing": math.nan}, ValueError, r"label_smoothing must be in .*, got nan"
     ),
+    "label_smoothing: None": (
+        {"label_smoothing": None}, TypeError, r"^label_smoothing must be a number, got NoneType$"
+    ),
+    "lse_square_scale": (
+        {"lse_square_scale": "small"}, TypeError, r"^lse_square_scale must be a number, got str$"
+    ),
     "outputs: a string": (
         {"outputs": "argmax"}, ValueError,
         r"outputs must be names among logsumexp, .*, got 'argmax'",
@@ -225,6 +241,10 @@ CROSS_ENTROPY_ERRORS = {
     "probabilities: correct": (
         {"target": PROBABILITIES, "outputs": ("argmax", "correct")}, ValueError,
         r"outputs \['correct'\] need class ids",
+    ),
+    "probabilities: backend": (
+        {"target": PROBABILITIES.clone().requires_grad_(), "backend": "cuda"}, ValueError,
+        r"backend 'cuda' cannot run this call: the CUDA kernels run on CUDA tensors, got cpu",
     ),
     "probabilities: device": (
         {"target": PROBABILITIES.to(META)}, ValueError, r"target must be on the device of input"
@@ -265,16 +285,44 @@ KEYWORDS_OF_TWO_DIMS = {
     "softcap": 5.0,
     "lse_square_scale": 0.1,
     "outputs": ("argmax",),
+    "near_threshold": "auto",
+    "class_group": object(),
+    "options": ONE,
 }
 
 
 @pytest.mark.parametrize("name", KEYWORDS_OF_TWO_DIMS)
 def test_weights_of_several_dims(name):
-    """They go through PyTorch, which has none of our keywords."""
+    """They take PyTorch's keywords, and none is ignored."""
     w, target = torch.randn(V, 2, D), torch.zeros(N, 2, dtype=torch.int64)
-    message = r"sample_weight, .* need linear_weight of shape \(V, D\), got \(5, 2, 3\)"
-    with raises(ValueError, message):
+    said = "schedule" if name == "options" else name
+    with raises(ValueError, rf"^{said} needs linear_weight of shape \(V, D\), got \(5, 2, 3\)"):
         lossops.linear_cross_entropy(X, w, target, **{name: KEYWORDS_OF_TWO_DIMS[name]})
+
+
+OF_SEVERAL_DIMS = {
+    "input: no tensor": ({"input": [0.0]}, TypeError, r"input must be a tensor, got list"),
+    "input: a row": (
+        {"input": X[0]}, ValueError,
+        r"input must have shape \(N, D\) where .*, got \(3,\) and \(5, 2, 3\)",
+    ),
+    "bias": (
+        {"linear_bias": B}, ValueError, r"linear_bias must have shape \(5, 2\), got \(5,\)"
+    ),
+    "target": (
+        {"target": torch.full((N, 2), 7)}, IndexError, r"class ids in \[0, 5\).*, got one that is 7"
+    ),
+    "backend": ({"backend": "gpu"}, ValueError, r"backend must be 'auto' or one of .*, got 'gpu'"),
+    "options": ({"options": 3}, TypeError, r"options must be LinearLossOptions or None, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_SEVERAL_DIMS.values(), ids=OF_SEVERAL_DIMS)
+def test_arguments_beside_weights_of_several_dims(case):
+    given, error, message = case
+    call = {"input": X, "target": torch.zeros(N, 2, dtype=torch.int64), **given}
+    with raises(error, message):
+        lossops.linear_cross_entropy(linear_weight=torch.randn(V, 2, D), **call)
 
 
 def test_pytorch_options_are_accepted():
@@ -303,6 +351,33 @@ def test_options(keywords, message):
         LinearLossOptions(**keywords)
 
 
+@pytest.mark.parametrize("name", ["max_workspace_bytes", "chunk_rows"])
+def test_options_of_another_type(name):
+    with raises(TypeError, rf"^{name} must be an integer, got float$"):
+        LinearLossOptions(**{name: 1e6})
+
+
+MODULES = {
+    "LinearCrossEntropyLoss": (
+        lambda **k: lossops.LinearCrossEntropyLoss(D, V, **k),
+        "linear_bias",
+    ),
+    "LinearLogProb": (lambda **k: lossops.LinearLogProb(D, V, **k), "reduction"),
+    "LinearLoss": (lambda **k: lossops.LinearLoss(D, V, nll, **k), "label_smoothing"),
+    "CrossEntropyLoss": (lambda **k: lossops.CrossEntropyLoss(**k), "softcap"),
+    "SigmoidPairwiseLoss": (lambda **k: lossops.SigmoidPairwiseLoss(**k), "margin"),
+    "SoftmaxPairwiseLoss": (lambda **k: lossops.SoftmaxPairwiseLoss(**k), "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_keywords_of_modules(name):
+    """When it is made, not in its first forward."""
+    make, foreign = MODULES[name]
+    with raises(TypeError, rf"^{name} must get keywords among .*backend.*, got {foreign}$"):
+        make(**{foreign: None})
+
+
 def test_options_are_frozen():
     with raises(AttributeError, "schedule"):
         LinearLossOptions().schedule = "one_sweep"
@@ -329,6 +404,9 @@ ONE_SWEEP_IMPOSSIBLE = {
     "torch.func": lambda: torch.func.grad(
         lambda w: linear_loss(X, w, Y, options=ONE)
     )(W),
+    "probabilities with a gradient": lambda: lossops.linear_cross_entropy(
+        X, W, wanting(PROBABILITIES), options=ONE
+    ),
 }  # fmt: skip
 
 
@@ -543,6 +621,12 @@ def test_inplace(case):
     logits, keywords, message = case
     with raises(ValueError, rf"^inplace=True.*{message}"):
         lossops.cross_entropy(logits(), Y, inplace=True, **keywords)
+
+
+def test_inplace_of_probabilities_that_want_a_gradient():
+    for target, weight in ((wanting(PROBABILITIES), None), (PROBABILITIES, wanting(B))):
+        with raises(ValueError, r"^inplace=True does not differentiate target probabilities"):
+            lossops.cross_entropy(result(), target, weight=weight, inplace=True)
 
 
 def test_inplace_under_torch_func():

@@ -546,6 +546,23 @@ def test_gradient_penalty(head, backend):
         )
 
 
+def test_third_derivatives_with_parameters(head, backend):
+    """Of the weight and of what F closes over, in one sweep."""
+    model = Temperature()
+    wanted = (head.x, model.t)
+
+    def again(gradients_of):
+        return gradients(sum(g.square().sum() for g in gradients_of), wanted, create_graph=True)
+
+    losses = model.oracle(head.x @ head.w.T, head.ids)[head.counted]
+    ours = linear_loss(
+        head.x, head.w, head.target, model, options=CHUNKS, backend=backend,
+        parameters=tuple(model.parameters()),
+    )  # fmt: skip
+    first = [gradients(loss, wanted, create_graph=True) for loss in (ours, losses.mean())]
+    assert_same(*(again(again(each)) for each in first))
+
+
 @SCHEDULES
 def test_no_gradient_wanted(options, head, backend):
     with torch.no_grad():

@@ -170,6 +170,24 @@ def test_in_place_gives_the_same_loss_and_gradient(call: str, dtype: str, backen
     torch.testing.assert_close(leaf.grad, expected[1], **tolerance)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e5])
+def test_in_place_in_fp16_takes_row_weights_of_any_size(size: float, backend: str) -> None:
+    """The mean divides by their sum, in backward: until then they must not leave fp16."""
+    z, y = problem(torch.float16)
+    p = torch.rand(N, V, dtype=torch.float64).softmax(1)
+    options = {"sample_weight": torch.full((N,), size), "backend": backend, "label_smoothing": 0.1}
+    for target, weight in ((y, None), (y, weights()), (p, weights())):
+        leaf = z.clone().requires_grad_()
+        lossops.cross_entropy(leaf * 1, target, weight=weight, inplace=True, **options).backward()
+        expected = value_and_gradients(
+            lambda z, t=target, a=weight: lossops.cross_entropy(z, t, weight=a, **options), [z]
+        )[1]
+        torch.testing.assert_close(leaf.grad, expected, rtol=2e-3, atol=1e-6)
+    none = z[:0].requires_grad_()
+    lossops.cross_entropy(none * 1, y[:0], inplace=True, backend=backend).backward()
+    assert none.grad.shape == (0, V)
+
+
 def test_in_place_needs_no_memory_for_the_gradient(backend: str) -> None:
     z, y = problem(torch.float32)
     leaf = z.requires_grad_()

@@ -545,7 +545,7 @@ def test_what_is_refused() -> None:
         loss(x, w, y, options=LinearLossOptions(near_certificate=True))
     with pytest.raises(TypeError, match=r"near_threshold must be .* got list"):
         loss(x, w, y, near_threshold=[0.1])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"near_threshold and outputs need linear_weight of shape"):
+    with pytest.raises(ValueError, match=r"near_threshold needs linear_weight of shape"):
         loss(x, torch.randn(9, 2, D), torch.zeros(8, 2, dtype=torch.int64), near_threshold="auto")
     taught = torch.full((8, V), 1 / V, dtype=x.dtype, requires_grad=True)
     with pytest.raises(ValueError, match=r"target probabilities that want a gradient"):

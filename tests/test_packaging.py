@@ -10,10 +10,12 @@ import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from lossops import backends, switches
+from lossops import backends, info, switches
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
@@ -258,6 +260,56 @@ def test_failing_compiler_is_an_error_under_auto(tmp_path):
     assert done.returncode != 0
     assert "/bin/false" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_an_older_processor_gets_its_module(capability):
+    """As ATEN_CPU_CAPABILITY pretends, through the public functions."""
+    script = """
+import torch, lossops
+from lossops import backends
+x, w = torch.randn(9, 8), torch.randn(70, 8, requires_grad=True)
+found = [
+    torch.autograd.grad(lossops.linear_cross_entropy(x, w, torch.arange(9), backend=k), w)[0]
+    for k in ("cpp", "reference")
+]
+torch.testing.assert_close(*found)
+print(backends.load_cpu_module().__name__)
+"""
+    names = [f"lossops._cpu_{name}" for name in ("avx2", "default")]
+    able = [n for n in names if importlib.util.find_spec(n) and n in backends.cpu_module_names()]
+    wanted = f"lossops._cpu_{capability}"
+    if wanted not in able:
+        pytest.skip(f"{wanted} is not built, or this processor is older")
+    done = run_python("-c", script, ATEN_CPU_CAPABILITY=capability, LOSSOPS_BACKEND=None)
+    assert done.stdout.strip() == wanted, done.stderr
+
+
+def undefined_symbol(name):
+    raise ImportError("undefined symbol: at")
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [
+        (lambda name: SimpleNamespace(torch_version="1.0"), "was built for torch 1.0, this is "),
+        (undefined_symbol, "does not load (undefined symbol: at)"),
+    ],
+    ids=["another version", "another ABI"],
+)
+def test_an_extension_for_another_torch_is_an_objection(monkeypatch, load, said):
+    """With the command that builds it anew, in `lossops.info` and in errors; never at import."""
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.util, "find_spec", lambda name: object())
+        patched.setattr(importlib, "import_module", load)
+        sentence = backends.load_cpu_module.__wrapped__()
+    assert said in sentence
+    assert sentence.endswith(f"rebuild it: {backends.REBUILD}")
+    monkeypatch.setattr(backends, "load_cpu_module", lambda: sentence)
+    assert info._backends(torch.device("cpu"))["cpp"] == f"no: {sentence}"
+    assert backends.select("auto", torch.device("cpu"), torch.float32).name != "cpp"
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run this call: the compiled ext"):
+        backends.select("cpp", torch.device("cpu"), torch.float32)
 
 
 def test_every_capability_is_built_and_knows_its_torch(setup_script):
