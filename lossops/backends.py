@@ -86,9 +86,21 @@ def _cpu_module_objection() -> str | None:
     return module if isinstance(module, str) else None
 
 
+def _cpu_multiplies_bfloat16() -> bool:
+    module = load_cpu_module()
+    return not isinstance(module, str) and module.half_products(2)
+
+
+def rounds_products(backend: str, dtype: torch.dtype, width: int) -> bool:
+    """Whether a backend rounds what it multiplies by x and w of (·, width) to bfloat16."""
+    fits = backend == "cpp" and dtype == torch.bfloat16 and width % 2 == 0 and width > 0
+    return fits and _cpu_multiplies_bfloat16()
+
+
 # torch.compile cannot trace a search for modules. torch.compiler.assume_constant_result would set
 # the same mark, but imports the compiler.
 _cpu_module_objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cpu_multiplies_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cpp_primitives() -> ModuleType:

@@ -58,7 +58,7 @@ from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_arg
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.shards import Shards
-from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical
+from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, smooth_outputs
 from lossops.statistics import outputs as statistic_outputs
 
 if TYPE_CHECKING:
@@ -272,7 +272,10 @@ def linear_cross_entropy(
         and not any(t is not None and t.requires_grad for t in task.terms)
     )
     classes = None if shards is None else max(shards.counts)
-    rows = planned_rows(head, opts, classes) if wants and single else None
+    rows = None
+    if wants and single:
+        wanted = [o for o in smooth_outputs(task.names) if o != "max"]
+        rows = planned_rows(head, opts, task.names, wanted, backend, classes)
     chosen = chosen_backend(backend, head, one_sweep=rows is not None)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(

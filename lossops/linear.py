@@ -41,9 +41,20 @@ from lossops.inputs import (
 from lossops.loss_fn import Losses, LossSweep, UserLoss
 from lossops.ops import check_target
 from lossops.reference import accumulate_dtype
-from lossops.schedules import LinearLossOptions, one_sweep_rows, without_autocast
+from lossops.schedules import (
+    LinearLossOptions,
+    keeps_exponentials,
+    one_sweep_rows,
+    without_autocast,
+)
 from lossops.shards import Shards
-from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, outputs
+from lossops.statistics import (
+    INDEX_OUTPUTS,
+    RowStatistics,
+    canonical,
+    outputs,
+    smooth_outputs,
+)
 
 LossFunction = Callable[..., Tensor]
 
@@ -431,7 +442,7 @@ def swept_losses(
         # torch.func wraps what loss_fn closes over, out of sight of the gradient of one sweep.
         and not torch._C._are_functorch_transforms_active()
     ):  # fmt: skip
-        rows = planned_rows(head, opts, num_classes)
+        rows = planned_rows(head, opts, names, smooth_outputs(names), backend, num_classes)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(
             "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', and neither "
@@ -498,15 +509,37 @@ def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -
 
 
 def planned_rows(
-    head: HeadInputs, options: LinearLossOptions, num_classes: int | None = None
+    head: HeadInputs,
+    options: LinearLossOptions,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    backend: str,
+    num_classes: int | None = None,
 ) -> int | None:
-    """Rows per chunk where this head runs in one sweep, None where in two."""
+    """Rows per chunk where this head runs in one sweep, None where in two.
+
+    Args:
+        head: checked inputs.
+        options: schedule and memory.
+        names, wanted: statistics, and those of their outputs that may get a coefficient.
+        backend: who would compute.
+        num_classes: as in `swept_losses`. Default: ``None``.
+    """
     n, v = head.x.shape[0], num_classes or head.w.shape[0]
     if options.schedule == "two_sweeps":
         return None
     if options.chunk_rows is not None:
         return options.chunk_rows
-    rows = one_sweep_rows(head.x, v, head.w.requires_grad, options.max_workspace_bytes)
+    chosen = chosen_backend(backend, head, one_sweep=True)
+    rounded = (
+        backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])
+        and not head.near.on
+        and keeps_exponentials(head.softcap, names, wanted)
+    )
+    rows = one_sweep_rows(
+        head.x, v, head.w.requires_grad, options.max_workspace_bytes,
+        torch.bfloat16 if rounded else None,
+    )  # fmt: skip
     if rows is None and options.schedule == "one_sweep":
         return -(-n // max(1, -(-n // 128))) or 1  # asked for: about 128 rows at a time
     return rows

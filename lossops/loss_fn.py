@@ -18,7 +18,7 @@ from lossops.inputs import HeadInputs
 from lossops.near_far_sweep import any_one_sweep
 from lossops.ops import check_target
 from lossops.schedules import Head, Needs, without_autocast
-from lossops.statistics import INDEX_OUTPUTS, outputs
+from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
 
 Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
 """Losses (R,) from statistics of some rows, which rows these are, and their row tensors."""
@@ -96,7 +96,7 @@ class LossSweep:
             return losses.detach(), coefficients
 
         primitives = backends.select(self.backend, x.device, x.dtype).primitives()
-        wanted = [n for n in order if n != "shift" and n not in INDEX_OUTPUTS]
+        wanted = smooth_outputs(self.names)
         try:
             with without_autocast(x.device):
                 losses, grads, _ = any_one_sweep(

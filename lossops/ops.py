@@ -25,7 +25,7 @@ from lossops.schedules import (
     two_sweeps_gradient,
     without_autocast,
 )
-from lossops.statistics import INDEX_OUTPUTS, outputs
+from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
 
 HEAD = (
     "Tensor x, Tensor w, Tensor? b, Tensor? scale, float softcap, Tensor? target, "
@@ -180,7 +180,7 @@ def _linear_cross_entropy(
         return losses, [coefficients.get(name) for name in order]
 
     index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
-    wanted = [o for o in order if o not in ("shift", "max", *INDEX_OUTPUTS)]
+    wanted = [o for o in smooth_outputs(names) if o != "max"]
     losses, gradients, report = near_far_sweep.any_one_sweep(
         head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index,
         NearFar(near_threshold, near_target_error, near_certificate), terms.row_scale,

@@ -89,7 +89,7 @@ def linear_chunk_statistics(
 
     ``wanted`` names the outputs that may get a coefficient. What the buffer holds is the
     backend's own business, the logits where there are no ``names``; its dtype is the accumulate
-    dtype.
+    dtype, or for the C++ backend bfloat16 where that is all its products take (`schedules`).
     """
     acc = buffer.dtype
     for c in range(0, w.shape[0], TILE):

@@ -141,15 +141,30 @@ class Gradients(NamedTuple):
 RowFunction = Callable[[list[Tensor], "slice | Tensor"], tuple[Tensor, list["Tensor | None"]]]
 
 
-def one_sweep_rows(x: Tensor, v: int, needs_dw: bool, max_bytes: int) -> int | None:
-    """Rows of x (N, D) per chunk of one sweep within ``max_bytes``, None where it does not pay."""
+def keeps_exponentials(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the exponentials of a chunk are all that its gradient needs of its logits.
+
+    As ``exponentials_suffice`` in csrc/cpu/linear.cpp.
+    """
+    again = ("entropy", "variance", "below_target")  # these take z a second time
+    once = not any(n in again or n.startswith(("lse@", "lse<")) for n in names)
+    return once and not softcap and "lse" in names and {"lse", "target"}.issuperset(wanted)
+
+
+def one_sweep_rows(
+    x: Tensor, v: int, needs_dw: bool, max_bytes: int, dtype: torch.dtype | None = None
+) -> int | None:
+    """Rows of x (N, D) per chunk of one sweep within ``max_bytes``, None where it does not pay.
+
+    ``dtype`` is that of the chunk, None for the accumulate dtype.
+    """
     n, d = x.shape
     acc = accumulate_dtype(x.dtype)
     best = chunk_size(x.device)
     spare = max_bytes
     if x.dtype != acc:  # float32 gradients are themselves outputs, no workspace
         spare -= acc.itemsize * d * (n + (v if needs_dw else 0))
-    rows = min(spare, best.bytes) // (acc.itemsize * row_stride(v))
+    rows = min(spare, best.bytes) // ((dtype or acc).itemsize * row_stride(v))
     if rows >= n:
         return max(n, 1)
     if rows < best.rows:
@@ -159,11 +174,12 @@ def one_sweep_rows(x: Tensor, v: int, needs_dw: bool, max_bytes: int) -> int | N
 
 
 def row_stride(v: int) -> int:
-    """Row stride of a chunk: room for one more value, and no power of two.
+    """Row stride of a chunk: room for one more value, of float32 behind an even number of others of
+    bfloat16, and no power of two.
 
     Rows 2^k bytes apart share cache sets: the tile of a chunk then evicts itself.
     """
-    stride = -(-(v + 1) // 16) * 16
+    stride = -(-(v + 3) // 16) * 16
     return stride + 16 if stride % 512 == 0 else stride
 
 
@@ -202,7 +218,15 @@ def one_sweep(
     dw = empty(v, d, dtype=acc, device=x.device) if needs.dw else None
     db = empty(v, dtype=acc, device=x.device) if needs.db else None
     dscale = torch.zeros((), dtype=acc, device=x.device) if needs.dscale else None
-    buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=acc, device=x.device)
+    rounds = getattr(primitives, "half_products", None)  # of the C++ backend
+    rounded = (
+        rounds is not None
+        and x.dtype == w.dtype == torch.bfloat16
+        and rounds(d)
+        and keeps_exponentials(head.softcap, head.names, wanted)
+    )
+    dtype = torch.bfloat16 if rounded else acc
+    buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=dtype, device=x.device)
     for start, stop in _chunks(counted, chunk_rows):
         rows = slice(start, stop) if index is None else index[start:stop]
         part = head.rows(rows)

@@ -102,6 +102,11 @@ def outputs(names: Iterable[str]) -> tuple[str, ...]:
     return ("shift", *listed)
 
 
+def smooth_outputs(names: Iterable[str]) -> list[str]:
+    """Those of them that may have a gradient."""
+    return [o for o in outputs(names) if o != "shift" and o not in INDEX_OUTPUTS]
+
+
 NUMBER = r"\d*\.?\d+(e-?\d+)?"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lossops import reference
 from lossops.backends import cpu_module_names
 from lossops.reference import accumulate_dtype
+from lossops.schedules import keeps_exponentials
 from lossops.statistics import STATISTICS, canonical, outputs
 
 MODULES = [n for n in cpu_module_names() if importlib.util.find_spec(n) is not None]
@@ -114,11 +115,18 @@ class Case:
         return {"dx": dx, "dw": dw, "db": db}
 
     def chunk(
-        self, module: ModuleType, *tile: int, padding: int = 5, start: float | None = None
+        self,
+        module: ModuleType,
+        *tile: int,
+        padding: int = 5,
+        start: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
-        """Statistics and gradients through a buffer; ``start`` is what dw and db hold before."""
+        """Statistics and gradients through a buffer of a dtype; ``start`` is what dw and db hold
+        before.
+        """
         n, v = self.args[0].shape[0], self.args[1].shape[0]
-        buffer = torch.empty(n, v + padding, dtype=self.acc)[:, :v]
+        buffer = torch.full((n, v + padding), torch.nan, dtype=dtype or self.acc)[:, :v]
         wanted = [o for o, c in zip(self.outs, self.coefficients, strict=True) if c is not None]
         found = module.linear_chunk_statistics(*self.args, self.names, wanted, buffer, *tile)
         dx, dw, db = self._gradients(self.acc)
@@ -460,6 +468,54 @@ def test_chunks_accumulate(best: ModuleType) -> None:
         torch.testing.assert_close(dx, whole["dx"][rows])
     torch.testing.assert_close(dw, whole["dw"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(db, whole["db"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_buffer_of_bfloat16(cpp: ModuleType) -> None:
+    """It holds the bits that the products would round to, so that only db differs."""
+    for n, d, v, k, tile, last in (
+        (7, 8, 33, 1, 16, 1.0),
+        (65, 64, 1001, 2, 128, 1.0),
+        (9, 6, 50, 1, 7, 40.0),
+        (3, 2, 1, 1, 4, 1.0),
+        (4, 2, 9, 0, 4, 1.0),
+    ):
+        case = Case(n, d, v, k, torch.bfloat16, names=PLAIN, scale=1.5, bias=True)
+        x, w = case.args[:2]
+        w[-2:] *= last  # offsets of early tiles are far too low then
+        if n > 7:
+            x[0], x[1, 0] = 0.0, torch.inf
+            case.args[2][v // 2] = -torch.inf
+        room = 3 + (v + 3) % 2
+        if not cpp.half_products(d):
+            with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products that"):
+                case.chunk(cpp, tile, padding=room, dtype=torch.bfloat16)
+            continue
+        rounded = case.chunk(cpp, tile, padding=room, dtype=torch.bfloat16)
+        for name, whole in case.chunk(cpp, tile, padding=room).items():
+            if name == "db":
+                torch.testing.assert_close(
+                    rounded[name], whole, rtol=0, atol=2.0**-8 * n, equal_nan=True
+                )
+            else:
+                torch.testing.assert_close(rounded[name], whole, rtol=0, atol=0, equal_nan=True)
+        with pytest.raises(RuntimeError, match="and room for 3 more values a row"):
+            case.chunk(cpp, tile, padding=1 + v % 2, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", [*STATISTICS, "lse@2", "lse<0.3"])
+@pytest.mark.parametrize("collected", [False, True], ids=["wanted", "collected"])
+def test_who_keeps_exponentials(best: ModuleType, name: str, collected: bool) -> None:
+    """The rule that plans a chunk is the one that the kernels hold it to."""
+    case = Case(3, 4, 20, 1, torch.bfloat16, names=canonical((*PLAIN, name)))
+    if collected:
+        kinds = zip(case.coefficients, case.outs, strict=True)
+        case.coefficients = [c if o in ("target", "lse") else None for c, o in kinds]
+    wanted = [o for o, c in zip(case.outs, case.coefficients, strict=True) if c is not None]
+    if best.half_products(4) and keeps_exponentials(0.0, case.names, wanted):
+        case.chunk(best, 8, padding=4, dtype=torch.bfloat16)
+    else:
+        with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products"):
+            case.chunk(best, 8, padding=4, dtype=torch.bfloat16)
 
 
 def test_capabilities_agree() -> None:

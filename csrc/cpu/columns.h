@@ -77,7 +77,8 @@ class ClassGradient {
   void add(const Tensor& dz, const Tensor& x, const S* f) {
     if (dw_) dw_tile(dw_part_, dz, x, !fresh_ || (accumulate_ && direct_));
     if (db_) {
-      add_column_sums(dz.template const_data_ptr<S>(), dz.stride(0), dz.size(0), n_, f,
+      const Tensor wide = dz.to(db_scratch_.scalar_type());  // itself, unless it was rounded
+      add_column_sums(wide.template const_data_ptr<S>(), wide.stride(0), wide.size(0), n_, f,
                       db_scratch_.template data_ptr<S>());
     }
     fresh_ = false;

@@ -5,6 +5,7 @@
 #include <ATen/cpu/Utils.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -148,8 +149,24 @@ inline uint32_t round_bits(float value) {
   return (u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded;
 }
 
+// Rows further apart are copied: on AVX-512 brgemm asks for memory of its stride's size.
+constexpr int64_t kMaxStride = 1 << 24;
+
+// A matrix of even width whose rows are dense, not far apart, and start at even elements.
+Tensor paired(const Tensor& matrix) {
+  const bool fits = matrix.stride(1) == 1 && matrix.stride(0) % 2 == 0 &&
+                    matrix.stride(0) <= kMaxStride &&
+                    reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 4 == 0;
+  return fits ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
+}
+
+// The bits of a value of dz, which may be rounded already.
+inline uint32_t round_bits(uint16_t bits) { return bits; }
+
 // dz (R, T) rounded, rows padded with a zero to an even length.
 Tensor rounded(const Tensor& dz) {
+  if (dz.scalar_type() == at::kBFloat16 && dz.size(1) % 2 == 0) return paired(dz);
+  if (dz.scalar_type() == at::kBFloat16) return at::constant_pad_nd(dz, {0, 1});
   const int64_t rows = dz.size(0), n = dz.size(1), width = even(n), stride = dz.stride(0);
   Tensor out = at::empty({rows, width}, dz.options().dtype(at::kBFloat16));
   const float* from = dz.const_data_ptr<float>();
@@ -166,16 +183,16 @@ Tensor rounded(const Tensor& dz) {
 }
 
 // dzᵀ (T, R) rounded, rows padded likewise. Pairs of rows of dz become words, and words transpose.
-Tensor rounded_transposed(const Tensor& dz) {
+template <typename T>
+Tensor rounded_transposed(const Tensor& dz, const T* from) {
   const int64_t rows = dz.size(0), n = dz.size(1), width = even(rows), stride = dz.stride(0);
   Tensor out = at::empty({n, width}, dz.options().dtype(at::kBFloat16));
-  const float* from = dz.const_data_ptr<float>();
   auto* to = reinterpret_cast<uint32_t*>(out.data_ptr<Half>());
   const int64_t words = width / 2;
   constexpr int64_t kColumns = 16 * kLanes;
   at::parallel_for(0, (n + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> pairs(kLanes * kColumns);
-    const std::vector<float> zeros(kColumns, 0.0f);
+    const std::vector<T> zeros(kColumns, T(0));
     for (int64_t column = begin * kColumns; column < std::min(n, end * kColumns);
          column += kColumns) {
       const int64_t count = std::min(kColumns, n - column);
@@ -183,8 +200,8 @@ Tensor rounded_transposed(const Tensor& dz) {
         const int64_t height = std::min(kLanes, words - word);
         for (int64_t i = 0; i < height; ++i) {
           const int64_t row = 2 * (word + i);
-          const float* low = from + row * stride + column;
-          const float* high = row + 1 < rows ? low + stride : zeros.data();
+          const T* low = from + row * stride + column;
+          const T* high = row + 1 < rows ? low + stride : zeros.data();
           uint32_t* pair = pairs.data() + i * kColumns;
           for (int64_t j = 0; j < count; ++j)
             pair[j] = round_bits(high[j]) << 16 | round_bits(low[j]);
@@ -198,17 +215,6 @@ Tensor rounded_transposed(const Tensor& dz) {
 
 Tensor dense(const Tensor& matrix) {
   return matrix.stride(1) == 1 ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
-}
-
-// Rows further apart are copied: on AVX-512 brgemm asks for memory of its stride's size.
-constexpr int64_t kMaxStride = 1 << 24;
-
-// A matrix of even width whose rows are dense, not far apart, and start at even elements.
-Tensor paired(const Tensor& matrix) {
-  const bool fits = matrix.stride(1) == 1 && matrix.stride(0) % 2 == 0 &&
-                    matrix.stride(0) <= kMaxStride &&
-                    reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 4 == 0;
-  return fits ? matrix : matrix.clone(at::MemoryFormat::Contiguous);
 }
 
 }  // namespace
@@ -238,7 +244,9 @@ void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate) {
 }
 
 void half_dw(Tensor& dw, const Tensor& dz, const Tensor& x, bool accumulate) {
-  const Tensor columns = rounded_transposed(dz);
+  const Tensor columns = dz.scalar_type() == at::kBFloat16
+                             ? rounded_transposed(dz, bits(dz))
+                             : rounded_transposed(dz, dz.const_data_ptr<float>());
   multiply(dw, columns.const_data_ptr<Half>(), columns.stride(0), pack(dense(x)), accumulate, 1.0f);
 }
 

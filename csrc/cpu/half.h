@@ -19,7 +19,7 @@ bool half_products(at::ScalarType x, at::ScalarType w, int64_t d);
 // z (R, T) = scale · x (R, D) wᵀ, w (T, D)
 void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale);
 
-// dx (R, D) (+)= dz (R, T) w, with dz rounded to bfloat16
+// dx (R, D) (+)= dz (R, T) w, with dz rounded to bfloat16 where it is not yet
 void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate);
 
 // dw (T, D) (+)= dzᵀ x, with dz rounded to bfloat16

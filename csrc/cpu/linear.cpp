@@ -11,7 +11,8 @@
 //   E = e^{z - k}, k_i near the largest negative of the first tile, f_i = c_i / Σ_j E_ij
 //   dx = f (E w)     dw = Eᵀ (f x)     db = Eᵀ f
 //
-// so that dz is never formed. A row whose later maximum is too far above k is rescaled in place.
+// so that dz is never formed. A row whose later maximum is too far above k is rescaled in place. A
+// buffer of bfloat16 holds E as the products round it: half the bytes, and no pass that rounds.
 //
 // Verified by tests/test_cpu_backend.py, with small tiles so that every boundary is crossed.
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -30,26 +31,60 @@ void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::Sc
               buffer.strides());
 }
 
-// Whether the buffer of such a call holds exponentials; their row sums lie in its column V.
-bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
-  if (head.softcap != 0 || !contains(head.names, "lse")) return false;
-  for (const auto& name : head.names) {  // those that take z a second time
+// Whether exponentials are all that the gradient of such a call needs.
+bool exponentials_suffice(double softcap, const Names& names, const Names& wanted) {
+  if (softcap != 0 || !contains(names, "lse")) return false;
+  for (const auto& name : names) {  // those that take z a second time
     if (name == "entropy" || name == "variance" || name == "below_target" || is_log_sum(name))
       return false;
   }
   for (const auto& name : wanted) {
     if (name != "target" && name != "lse") return false;
   }
-  const int64_t rows = buffer.size(0), classes = buffer.size(1), stride = buffer.stride(0);
-  if (rows == 0 || stride <= classes) return false;
-  const int64_t last = buffer.storage_offset() + (rows - 1) * stride + classes;
-  return (last + 1) * buffer.element_size() <= static_cast<int64_t>(buffer.storage().nbytes());
+  return true;
+}
+
+// Where in a row of a buffer the sum of its exponentials lies, in bytes: behind them.
+template <typename S>
+int64_t place_of_sum(const Tensor& buffer) {
+  const int64_t bytes = buffer.size(1) * buffer.element_size(), size = sizeof(S);
+  return (bytes + size - 1) / size * size;
+}
+
+template <typename S>
+S& sum_of_row(const Tensor& buffer, int64_t row) {
+  auto* data = static_cast<char*>(buffer.data_ptr());
+  const int64_t bytes = row * buffer.stride(0) * buffer.element_size();
+  return *reinterpret_cast<S*>(data + bytes + place_of_sum<S>(buffer));
+}
+
+// Whether the buffer of such a call holds exponentials: where there is room for their sums.
+template <typename S>
+bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
+  if (!exponentials_suffice(head.softcap, head.names, wanted)) return false;
+  const int64_t rows = buffer.size(0), stride = buffer.stride(0) * buffer.element_size();
+  const int64_t end = place_of_sum<S>(buffer) + sizeof(S);
+  if (rows == 0 || stride < end || stride % sizeof(S) != 0) return false;
+  const int64_t last = buffer.storage_offset() * buffer.element_size() + (rows - 1) * stride;
+  return last + end <= static_cast<int64_t>(buffer.storage().nbytes());
+}
+
+template <typename S>
+void check_chunk(const Head& head, const Names& wanted, const Tensor& buffer) {
+  const bool rounded = buffer.scalar_type() != kDtype<S>;
+  check_buffer(buffer, head.x, head.w, rounded ? at::kBFloat16 : kDtype<S>);
+  TORCH_CHECK(!rounded || (operand_dtype(head.x, head.w) == at::kBFloat16 &&
+                           exponentials_suffice(head.softcap, head.names, wanted) &&
+                           (buffer.size(0) == 0 || keeps_exponentials<S>(head, wanted, buffer))),
+              "a buffer of bfloat16 needs products that round to it, no more wanted than the "
+              "targets and lse, and room for 3 more values a row, got a row stride of ",
+              buffer.stride(0), " for ", buffer.size(1), " classes");
 }
 
 template <typename S>
 Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor& buffer,
                             int64_t tile) {
-  check_buffer(buffer, head.x, head.w, kDtype<S>);
+  check_chunk<S>(head, wanted, buffer);
   const Task<S> task = task_of<S>(head);
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
@@ -58,16 +93,20 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   const int64_t block = std::max<int64_t>(1, task.rows);
   const Operands operands(head);
   Rows x = operands.x(head, block), w = operands.w(head, tile);
-  const bool keep = keeps_exponentials(head, wanted, buffer);
+  const bool rounded = buffer.scalar_type() != kDtype<S>;
+  Kept keep{keeps_exponentials<S>(head, wanted, buffer)};
+  if (rounded) {
+    keep.rounded = buffer.template data_ptr<at::BFloat16>();
+    keep.stride = buffer.stride(0);
+  }
+  const Tensor logits = rounded ? logits_scratch(task, block, tile, head.x) : buffer;
   const auto z_tile = [&](int64_t, int64_t, int64_t first, int64_t n) {
-    return buffer.narrow(1, first, n);
+    return rounded ? logits.narrow(1, 0, n) : buffer.narrow(1, first, n);
   };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing, true);
-  if (keep) {
-    S* sums = buffer.template data_ptr<S>() + task.classes;
-    for (int64_t i = 0; i < task.rows; ++i) {
-      sums[i * buffer.stride(0)] = static_cast<S>(states[i].softmax.sum);
-    }
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing,
+        !rounded);
+  for (int64_t i = 0; keep.on && i < task.rows; ++i) {
+    sum_of_row<S>(buffer, i) = static_cast<S>(states[i].softmax.sum);
   }
   return tensors;
 }
@@ -75,8 +114,7 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
 // f (R,): dz = f E off the targets. A row with no finite lse is NaN, as its softmax is.
 template <typename S>
 Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
-  const Tensor factors = at::empty({chain.task.rows}, buffer.options());
-  const S* sums = buffer.template const_data_ptr<S>() + chain.task.classes;
+  const Tensor factors = at::empty({chain.task.rows}, buffer.options().dtype(kDtype<S>));
   S* f = factors.template data_ptr<S>();
   for (int64_t i = 0; i < chain.task.rows; ++i) {
     const S c = chain.coefficient.lse == nullptr ? S(0) : chain.coefficient.lse[i];
@@ -84,7 +122,7 @@ Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
     if (lse == -kInf<S>) {
       f[i] = c * 0;
     } else if (std::isfinite(lse)) {
-      f[i] = c / sums[i * buffer.stride(0)];
+      f[i] = c / sum_of_row<S>(buffer, i);
     } else {
       f[i] = std::numeric_limits<S>::quiet_NaN();
     }
@@ -133,13 +171,13 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
                        const MaybeTensors& statistics, const MaybeTensors& coefficients,
                        const MaybeTensor& dx, const MaybeTensor& dw, const MaybeTensor& db,
                        bool accumulate, int64_t tile) {
-  check_buffer(buffer, head.x, head.w, kDtype<S>);
+  check_chunk<S>(head, wanted, buffer);
   check_gradients(head, dx, dw, db, kDtype<S>);
   if (trivial(head, dx, dw, db, accumulate)) return;
   const Task<S> task = task_of<S>(head);
   const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
   const Chain<S> chain{task, statistic, coefficient};
-  const bool kept = keeps_exponentials(head, wanted, buffer);
+  const bool kept = keeps_exponentials<S>(head, wanted, buffer);
   check_kept(chain, kept);
 
   const Tensor factors = kept ? row_factors(chain, buffer) : Tensor();
@@ -164,7 +202,7 @@ Tensor chunk_negatives_of(const Head& head, const Names& wanted, const Tensor& b
   const Task<S> task = task_of<S>(head);
   const Fields<S> statistic(head.names, statistics), coefficient(head.names, coefficients);
   const Chain<S> chain{task, statistic, coefficient};
-  const bool kept = keeps_exponentials(head, wanted, buffer);
+  const bool kept = keeps_exponentials<S>(head, wanted, buffer);
   check_kept(chain, kept);
   if (kept) return row_factors(chain, buffer);
   each_part(task.classes, tile, [&](int64_t first, int64_t n) {

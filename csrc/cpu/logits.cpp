@@ -45,7 +45,7 @@ Tensors logits_statistics_of(const Tensor& z, const MaybeTensor& target,
   each_tile(
       task, logits,
       [&](int64_t row, S* tile, int64_t first, int64_t n, S* scratch) {
-        collect(task, out, states[row], row, tile, first, n, false, scratch);
+        collect(task, out, states[row], row, tile, first, n, Kept(), scratch);
       },
       [&](int64_t row) { finish(task, out, states[row], row); });
   if (out.below_target != nullptr) {

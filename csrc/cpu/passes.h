@@ -275,6 +275,11 @@ inline void multiply(S* z, int64_t n, S factor) {
   });
 }
 
+// Of rounded values; a power of two rounds nothing.
+inline void multiply(at::BFloat16* z, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(z[i]) * factor;
+}
+
 template <typename S>
 inline void multiply(S* z, const S* by, int64_t n) {
   for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {

@@ -30,7 +30,9 @@ Tensors linear_statistics(const Head& head, int64_t tile);
 
 // `buffer` (R, V) may have any row stride. If it is at least V + 1, and the storage has room for
 // it, column V of each row is used too, and where `wanted` asks for no more than the targets and
-// lse the buffer holds exponentials: the gradient then costs no pass at all.
+// lse the buffer holds exponentials: the gradient then costs no pass at all. Where products take
+// bfloat16 as it is (half.h) they may be kept as these round them, in a buffer of bfloat16 with an
+// even stride of at least V + 3.
 Tensors linear_chunk_statistics(const Head& head, const Names& wanted, const Tensor& buffer,
                                 int64_t tile);
 

@@ -19,6 +19,16 @@ namespace lossops {
 template <typename S>
 constexpr double kHeadroom = std::is_same_v<S, float> ? 40 : 0;
 
+// Whether and where a sweep keeps the exponentials of its rows: in place of their logits, or
+// rounded in a matrix of its own.
+struct Kept {
+  bool on = false;
+  at::BFloat16* rounded = nullptr;  // (R, V), or null
+  int64_t stride = 0;
+
+  at::BFloat16* row(int64_t i) const { return rounded == nullptr ? nullptr : rounded + i * stride; }
+};
+
 template <typename S>
 struct RowState {
   S top = -kInf<S>;     // the largest negative so far, or NaN for good
@@ -102,18 +112,23 @@ inline void merge_extremes(RowState<S>& state, const Fields<S>& out, const S* z,
   }
 }
 
-// Moves the shift of a row up to the largest negative of the tile; with `keep` only where the
+// Moves the shift of a row up to the largest negative of its tile z; with `keep` only where the
 // offset is too low, and then the exponentials of the earlier tiles, `before` values, go with it.
 template <typename S>
-inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, bool keep, S* row,
-                        int64_t before) {
+inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Kept& keep,
+                        int64_t row, S* z, int64_t before) {
   if (top == -kInf<S>) return;
-  if (state.seen && top - state.shift <= (keep ? kHeadroom<S> : 0)) return;
+  if (state.seen && top - state.shift <= (keep.on ? kHeadroom<S> : 0)) return;
   const Offset offset = Offset::near(top);
-  const double shift = keep ? offset.logit() : top;
+  const double shift = keep.on ? offset.logit() : top;
   if (state.seen) {
     const double by = shift - state.shift;
-    if (keep) multiply(row, before, static_cast<S>(std::exp(-by)));
+    const S factor = static_cast<S>(std::exp(-by));
+    if (keep.rounded != nullptr) {
+      multiply(keep.row(row), before, static_cast<float>(factor));
+    } else if (keep.on) {
+      multiply(z - before, before, factor);
+    }
     state.softmax.raise(by);
     for (size_t k = 0; k < task.log_sums.size(); ++k) {
       const LogSum<S>& kind = task.log_sums[k];
@@ -126,11 +141,12 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, bool kee
 }
 
 // Adds the tile of one row that starts at class `first` to the row's state. The tile is used up: it
-// holds z with -inf at the targets, or with `keep` their exponentials over the row's offset, whose
-// earlier tiles lie before it in memory. `scratch`: n values, for a teacher.
+// holds z with -inf at the targets, or with `keep` their exponentials over the row's offset: where
+// they are kept in place, those of earlier tiles lie before it in memory. `scratch`: n values, for
+// a teacher.
 template <typename S>
 inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& state, int64_t row,
-                    S* z, int64_t first, int64_t n, bool keep, S* scratch) {
+                    S* z, int64_t first, int64_t n, const Kept& keep, S* scratch) {
   collect_all(task, out, state, row, z, first, n, scratch);
   take_targets(task, out, state, row, z, first, n);
   S top, second = -kInf<S>;
@@ -143,9 +159,10 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
   if (out.stable_sum != nullptr) state.stable += stable_total(z, n);
   if (!(state.top < kInf<S>)) return;  // +inf or NaN: finish() poisons the row
-  raise_shift(task, state, top, keep, z - first, first);
-  if (keep) {
+  raise_shift(task, state, top, keep, row, z, first);
+  if (keep.on) {
     state.softmax.sum += keep_exponentials(z, n, state.offset);
+    if (keep.rounded != nullptr) narrow(z, 1, n, keep.row(row) + first);
     return;
   }
   const S shift = static_cast<S>(state.shift);

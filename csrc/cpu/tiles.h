@@ -152,7 +152,7 @@ constexpr auto kNothing = [](const auto&, int64_t) {};
 // memory that holds on to its logits, so that a second look at them needs no product.
 template <typename S, typename F, typename After>
 void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, int64_t row_block,
-           F&& z_tile, const Fields<S>& out, bool keep, std::vector<RowState<S>>& states,
+           F&& z_tile, const Fields<S>& out, const Kept& keep, std::vector<RowState<S>>& states,
            After&& after, bool stored = false) {
   const auto each_tile = [&](auto&& pass, auto&& done) {
     each_part(task.classes, tile, [&](int64_t first, int64_t n) {
@@ -206,7 +206,7 @@ Tensors statistics_of(const Head& head, int64_t tile, After&& after) {
   const auto z_tile = [&](int64_t, int64_t rows, int64_t, int64_t n) {
     return scratch.narrow(0, 0, rows).narrow(1, 0, n);
   };
-  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, false, states, after);
+  sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, Kept(), states, after);
   return tensors;
 }
 

@@ -83,7 +83,7 @@ def against_lossops(backend: str, problem: Problem) -> str | None:
     return trial(partial(lossops_loss, backend), make_inputs, tiny(problem))
 
 
-def schedule(problem: Problem, inputs: Tensors) -> str:
+def schedule(problem: Problem, inputs: Tensors, *, backend: str) -> str:
     """Which of the two schedules lossops takes for these inputs."""
     from lossops.inputs import head_inputs
     from lossops.linear import planned_rows
@@ -92,7 +92,8 @@ def schedule(problem: Problem, inputs: Tensors) -> str:
     if problem.mode == "forward":
         return ""
     head = head_inputs(inputs["input"], inputs["linear_weight"], None, None, None)
-    rows = planned_rows(head, LinearLossOptions())
+    names = ("lse", "target")
+    rows = planned_rows(head, LinearLossOptions(), names, names, backend)
     return "two_sweeps" if rows is None else f"one_sweep R={rows}"
 
 
@@ -108,7 +109,7 @@ def lossops_rival(backend: str, summary: str) -> Rival:
         partial(lossops_loss, backend),
         chunk_bytes,
         objection=partial(against_lossops, backend),
-        note=schedule,
+        note=partial(schedule, backend=backend),
     )
 
 
