@@ -73,11 +73,12 @@ class ClassGradient {
     if (db_) db_scratch_.zero_();
   }
 
-  // Adds dzᵀ x of a block of rows, for db with the row factors f (rows,) that x has already.
-  void add(const Tensor& dz, const Tensor& x, const S* f) {
+  // Adds dzᵀ x of a block of rows, for db Σ f z with the row factors f (rows,) that x has already:
+  // z is dz before it was rounded, where that is at hand.
+  void add(const Tensor& dz, const Tensor& z, const Tensor& x, const S* f) {
     if (dw_) dw_tile(dw_part_, dz, x, !fresh_ || (accumulate_ && direct_));
     if (db_) {
-      const Tensor wide = dz.to(db_scratch_.scalar_type());  // itself, unless it was rounded
+      const Tensor wide = z.to(db_scratch_.scalar_type());  // mostly itself
       add_column_sums(wide.template const_data_ptr<S>(), wide.stride(0), wide.size(0), n_, f,
                       db_scratch_.template data_ptr<S>());
     }

@@ -131,8 +131,8 @@ Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
 }
 
 // dx, dw and db of a chunk from tiles of its buffer, which hold dz, or E with dz = f E where there
-// are factors f (R,), once prepare(tile, first, n) has seen them. The targets of the chain go to dw
-// and db; those of dx are the caller's.
+// are factors f (R,); prepare(tile, first, n) makes it so and gives what products take of it. The
+// targets of the chain go to dw and db; those of dx are the caller's.
 template <typename S, typename Prepare>
 void chunk_products(const Head& head, const Chain<S>& chain, const Tensor& buffer,
                     const Tensor& factors, DenseRows& by_row, const MaybeTensor& dw,
@@ -149,11 +149,10 @@ void chunk_products(const Head& head, const Chain<S>& chain, const Tensor& buffe
   }
   ClassGradient<S> by_class(chain, dw, db, accumulate, tile, head.x, factor(head.scale));
   each_part(buffer.size(1), tile, [&](int64_t first, int64_t n) {
-    const Tensor dz = buffer.narrow(1, first, n);
-    prepare(dz, first, n);
+    const Tensor z = buffer.narrow(1, first, n), dz = prepare(z, first, n);
     if (by_row) dx_tile(by_row.rows(), dz, w(first, n), first > 0);
     by_class.begin(first, n);
-    by_class.add(dz, x, factors.defined() ? factors.template const_data_ptr<S>() : nullptr);
+    by_class.add(dz, z, x, factors.defined() ? factors.template const_data_ptr<S>() : nullptr);
     by_class.end();
   });
   if (by_row && factors.defined()) by_row.rows().mul_(factors.unsqueeze(1));
@@ -182,12 +181,16 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
 
   const Tensor factors = kept ? row_factors(chain, buffer) : Tensor();
   DenseRows by_row(dx);
+  const bool half = Operands(head).half();
+  RoundedTile<S> rounded(half && !kept, task.rows, std::min(task.classes, tile), head.x);
   chunk_products(head, chain, buffer, factors, by_row, dw, db, accumulate, tile,
-                 [&](const Tensor& dz, int64_t first, int64_t n) {
-                   if (kept) return;
-                   each_row<S>(dz, [&](int64_t i, S* z, S* scratch) {
-                     gradient(chain, i, z, first, n, scratch);
+                 [&](const Tensor& z, int64_t first, int64_t n) {
+                   if (kept) return z;
+                   each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
+                     gradient(chain, i, zi, first, n, scratch);
+                     rounded.put(i, zi, n);
                    });
+                   return rounded(z);
                  });
   if (!by_row) return;
   add_targets_to_rows(chain, Operand(head.w), by_row.rows());
@@ -254,7 +257,7 @@ void products_of(const Head& head, const Tensor& buffer, const Tensor& row_facto
   const Chain<S> chain{task, none, none};
   DenseRows by_row(dx);
   chunk_products(head, chain, buffer, row_factor.to(kDtype<S>).contiguous(), by_row, dw, db,
-                 accumulate, tile, [](const Tensor&, int64_t, int64_t) {});
+                 accumulate, tile, [](const Tensor& dz, int64_t, int64_t) { return dz; });
   by_row.finish();
 }
 

@@ -63,6 +63,29 @@ void each_row(const Tensor& z, F&& pass) {
   });
 }
 
+// The rows of a tile rounded as products of bfloat16 take them, where a call's are such.
+template <typename S>
+class RoundedTile {
+ public:
+  RoundedTile(bool on, int64_t rows, int64_t tile, const Tensor& like) {
+    if (!on) return;
+    stride_ = tile / 16 * 16 + 48;  // no power of two, as logits_scratch
+    rows_ = at::empty({rows, stride_}, like.options().dtype(at::kBFloat16));
+  }
+  // Row i of dz (1, n), once it is done.
+  void put(int64_t i, const S* dz, int64_t n) {
+    if (rows_.defined()) narrow(dz, 1, n, rows_.template data_ptr<at::BFloat16>() + i * stride_);
+  }
+  // What the products take: the rows that were put, or dz (R, n) as it is.
+  Tensor operator()(const Tensor& dz) const {
+    return rows_.defined() ? rows_.narrow(0, 0, dz.size(0)).narrow(1, 0, dz.size(1)) : dz;
+  }
+
+ private:
+  int64_t stride_ = 0;
+  Tensor rows_;
+};
+
 // How a call's products take x and w. Operands that are upcast carry the scale of the logits; the
 // product of bfloat16 ones applies it to z, where it is not rounded.
 struct Operands {
@@ -224,6 +247,8 @@ void sweep_gradient(const Head& head, const Chain<S>& chain, const MaybeTensor& 
   Rows scaled_x = apart ? operands.scaled_x(head, block) : x;
   const Tensor scratch = logits_scratch(task, block, tile, head.x);
   DenseRows by_row(dx);
+  RoundedTile<S> rounded(operands.half(), std::min(task.rows, block), std::min(task.classes, tile),
+                         head.x);
   ClassGradient<S> by_class(chain, dw, db, false, tile, head.x, factor(head.scale));
   each_part(task.classes, tile, [&](int64_t first, int64_t n) {
     const Tensor wt = w(first, n);
@@ -234,9 +259,11 @@ void sweep_gradient(const Head& head, const Chain<S>& chain, const MaybeTensor& 
       each_row<S>(z, [&](int64_t i, S* zi, S* rest) {
         map_logits(zi, n, task.bias ? task.bias + first : nullptr, task.cap);
         pass(row + i, zi, first, n, rest);
+        rounded.put(i, zi, n);
       });
-      if (by_row) dx_tile(by_row.rows().narrow(0, row, rows), z, wt, first > 0);
-      if (dw || db) by_class.add(z, apart ? scaled_x(row, rows) : part, nullptr);
+      const Tensor dz = rounded(z);
+      if (by_row) dx_tile(by_row.rows().narrow(0, row, rows), dz, wt, first > 0);
+      if (dw || db) by_class.add(dz, z, apart ? scaled_x(row, rows) : part, nullptr);
     });
     if (dw || db) by_class.end();
   });
