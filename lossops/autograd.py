@@ -19,10 +19,21 @@ from torch import Tensor
 from lossops import backends, ops, reference
 from lossops.near_far import NearFar
 from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
-from lossops.schedules import HALF_UNIT, Gradients, power_of_two, without_autocast
-from lossops.statistics import INDEX_OUTPUTS, outputs
+from lossops.schedules import (
+    HALF_UNIT,
+    Gradients,
+    Head,
+    Needs,
+    flatten_none,
+    kept_gradient,
+    kept_sweep,
+    power_of_two,
+    without_autocast,
+)
+from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
 
 Optional = Tensor | None
+Value = Callable[[Tensor, Tensor, Optional, Optional], list[Tensor]]
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -219,19 +230,107 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
             return found[2:6]
 
-        def value(x: Tensor, w: Tensor, b: Optional, scale: Optional) -> list[Tensor]:
-            stats = reference.linear_statistics(
-                x, w, b, scale, softcap, target, class_vector, teacher, names
-            )
-            found = dict(zip(outputs(names), stats, strict=True))
-            factors = CrossEntropyTerms(*terms)
-            return [cross_entropy_rows(found, factors, target, w.shape[0])[0].sum()]
-
+        value = dense_cross_entropy(softcap, names, target, class_vector, teacher, terms)
         found = hand_out(ctx, (x, w, b, scale), needs, g, ready, sweep, value)
         return (*found, *(None,) * 14)
 
 
-Value = Callable[[Tensor, Tensor, Optional, Optional], list[Tensor]]
+class KeptCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy whose backward finds the chunk of all rows; for no compiler."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        b: Optional,
+        scale: Optional,
+        target: Optional,
+        class_vector: Optional,
+        teacher: Optional,
+        nll: Optional,
+        lse: Optional,
+        smooth: Optional,
+        taught: Optional,
+        square: Optional,
+        softcap: float,
+        names: list[str],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
+        call = ops.CrossEntropyCall.of(head, CrossEntropyTerms(nll, lse, smooth, taught, square))
+        primitives = backends.select(backend, x.device, x.dtype).primitives()
+        with without_autocast(x.device):
+            losses, chunk, stats, coefficients = kept_sweep(
+                head, call.wanted, call.row_function, primitives, call.index
+            )
+        found = [losses.sum(), call.argmax, call.index, chunk, *stats, *coefficients]
+        return tuple(flatten_none(found, x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.static = inputs[12:]
+        ctx.save_for_backward(*inputs[:12], *output[2:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Optional, *_: Optional) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 15
+        saved = ctx.saved_tensors
+        (x, w, b, scale, target, class_vector, teacher), terms = saved[:7], saved[7:12]
+        index, chunk, *rest = saved[12:]
+        softcap, names, backend = ctx.static
+        stats, given = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
+        wanted = [o for o in smooth_outputs(names) if o != "max"]
+        needs = Needs(*ctx.needs_input_grad[:4])
+        primitives = backends.select(backend, x.device, x.dtype).primitives()
+        counted = index if len(chunk) < len(x) else None
+
+        def gradients(factor: Tensor, dtype: torch.dtype) -> Gradients:
+            coefficients = [
+                c * factor if o in wanted and c.numel() else None
+                for c, o in zip(given, outputs(names), strict=True)
+            ]
+            with without_autocast(x.device):
+                return kept_gradient(
+                    head, wanted, chunk, stats, coefficients, needs, primitives, counted, dtype
+                )
+
+        inputs = (x, w, b, scale)
+        if torch.is_grad_enabled():
+            value = dense_cross_entropy(softcap, names, target, class_vector, teacher, terms)
+            ready = flatten_none(gradients(g.new_ones(()), g.dtype), x)
+            found = apply(ScaledGradients, value, needs, g, *inputs, *ready)
+        else:
+            dx, dw, db, dscale = gradients(g, w.dtype)
+            if dx is not None and scale is not None:
+                dx *= scale.to(dx.dtype)
+            dx = None if dx is None else dx.to(x.dtype)
+            found = (dx, dw, db, like_scale(dscale, scale))
+        return (*found, *(None,) * 11)
+
+
+def dense_cross_entropy(
+    softcap: float,
+    names: list[str],
+    target: Optional,
+    class_vector: Optional,
+    teacher: Optional,
+    terms: Sequence[Optional],
+) -> Value:
+    """Summed cross-entropy through the reference, for derivatives of its gradient."""
+
+    def value(x: Tensor, w: Tensor, b: Optional, scale: Optional) -> list[Tensor]:
+        stats = reference.linear_statistics(
+            x, w, b, scale, softcap, target, class_vector, teacher, names
+        )
+        found = dict(zip(outputs(names), stats, strict=True))
+        factors = CrossEntropyTerms(*terms)
+        return [cross_entropy_rows(found, factors, target, w.shape[0])[0].sum()]
+
+    return value
 
 
 def hand_out(

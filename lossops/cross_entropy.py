@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from lossops import backends, reference
-from lossops.autograd import LinearCrossEntropy, LogitsGradientInPlace, LogitsStatistics, apply
+from lossops.autograd import (
+    KeptCrossEntropy,
+    LinearCrossEntropy,
+    LogitsGradientInPlace,
+    LogitsStatistics,
+    apply,
+)
 from lossops.class_parallel import (
     at_targets,
     classes_of_all,
@@ -45,6 +51,7 @@ from lossops.inputs import (
 from lossops.linear import (
     check_two_sweeps,
     chosen_backend,
+    keeps_one_chunk,
     planned_rows,
     reduced,
     row_factors,
@@ -274,8 +281,15 @@ def linear_cross_entropy(
     classes = None if shards is None else max(shards.counts)
     rows = None
     if wants and single:
-        wanted = [o for o in smooth_outputs(task.names) if o != "max"]
-        rows = planned_rows(head, opts, task.names, wanted, backend, classes)
+        plan = (task.names, [o for o in smooth_outputs(task.names) if o != "max"], backend)
+        if shards is None and keeps_one_chunk(head, opts, *plan):
+            total, argmax, *_ = apply(
+                KeptCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,
+                head.softcap, list(task.names), chosen_backend(backend, head, one_sweep=True),
+            )  # fmt: skip
+            loss = total if reduction == "sum" else total / task.divisor
+            return task.finish(loss, None, argmax if "max" in task.names else None, outputs)
+        rows = planned_rows(head, opts, *plan, classes)
     chosen = chosen_backend(backend, head, one_sweep=rows is not None)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(

@@ -43,8 +43,10 @@ from lossops.ops import check_target
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     LinearLossOptions,
+    chunk_size,
     keeps_exponentials,
     one_sweep_rows,
+    row_stride,
     without_autocast,
 )
 from lossops.shards import Shards
@@ -508,6 +510,39 @@ def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -
     return total if reduction == "sum" else total / divisor
 
 
+def rounds_chunks(
+    head: HeadInputs, names: Sequence[str], wanted: Sequence[str], backend: str
+) -> bool:
+    """Whether a chunk of logits is kept as exponentials in bfloat16."""
+    chosen = chosen_backend(backend, head, one_sweep=True)
+    return (
+        backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])
+        and not head.near.on
+        and keeps_exponentials(head.softcap, names, wanted)
+    )
+
+
+def keeps_one_chunk(
+    head: HeadInputs,
+    options: LinearLossOptions,
+    names: Sequence[str],
+    wanted: Sequence[str],
+    backend: str,
+) -> bool:
+    """Whether the gradients of one sweep can wait for backward: its one chunk of all rows must be
+    within what chunks and a float32 dw would take. Arguments as of `planned_rows`.
+    """
+    if options.schedule == "two_sweeps" or options.chunk_rows is not None:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    (n, d), v = head.x.shape, head.w.shape[0]
+    spared = 4 * d * v if head.w.requires_grad else 0
+    most = min(chunk_size(head.x.device).bytes + spared, options.max_workspace_bytes)
+    size = torch.bfloat16.itemsize * n * row_stride(v)
+    return 0 < size <= most and rounds_chunks(head, names, wanted, backend)
+
+
 def planned_rows(
     head: HeadInputs,
     options: LinearLossOptions,
@@ -530,12 +565,7 @@ def planned_rows(
         return None
     if options.chunk_rows is not None:
         return options.chunk_rows
-    chosen = chosen_backend(backend, head, one_sweep=True)
-    rounded = (
-        backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])
-        and not head.near.on
-        and keeps_exponentials(head.softcap, names, wanted)
-    )
+    rounded = rounds_chunks(head, names, wanted, backend)
     rows = one_sweep_rows(
         head.x, v, head.w.requires_grad, options.max_workspace_bytes,
         torch.bfloat16 if rounded else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     Head,
     Needs,
+    RowFunction,
     flatten_none,
     two_sweeps_gradient,
     without_autocast,
@@ -140,6 +142,46 @@ def _linear_gradient(
     return tuple(flatten_none(found, x))
 
 
+@dataclass(frozen=True)
+class CrossEntropyCall:
+    """What a sweep of cross-entropy is told.
+
+    Attributes:
+        wanted: outputs that may get a coefficient.
+        row_function: losses and coefficients of some rows.
+        argmax: (N,), filled by it, or None.
+        index: the rows that count, None for all.
+    """
+
+    wanted: list[str]
+    row_function: RowFunction
+    argmax: Tensor | None
+    index: Tensor | None
+
+    @staticmethod
+    def of(head: Head, terms: CrossEntropyTerms) -> CrossEntropyCall:
+        """Raises an IndexError as `check_target`."""
+        x, target, num_classes = head.x, head.target, head.w.shape[0]
+        check_target(target, num_classes)
+        order = outputs(head.names)
+        argmax = x.new_full((x.shape[0],), -1, dtype=torch.int64) if "argmax" in order else None
+
+        def row_function(
+            stats: list[Tensor], rows: slice | Tensor
+        ) -> tuple[Tensor, list[Tensor | None]]:
+            found = dict(zip(order, stats, strict=True))
+            losses, coefficients, best = cross_entropy_rows(
+                found, terms.rows(rows), None if target is None else target[rows], num_classes
+            )
+            if argmax is not None and best is not None:
+                argmax[rows] = best
+            return losses, [coefficients.get(name) for name in order]
+
+        index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
+        wanted = [o for o in smooth_outputs(head.names) if o != "max"]
+        return CrossEntropyCall(wanted, row_function, argmax, index)
+
+
 def _linear_cross_entropy(
     x: Tensor,
     w: Tensor,
@@ -162,30 +204,14 @@ def _linear_cross_entropy(
     near_target_error: float = 0.0,
     near_certificate: bool = False,
 ) -> tuple[Tensor, ...]:
-    check_target(target, w.shape[0])
     head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
     terms = CrossEntropyTerms(nll, lse, smooth, taught, square)
-    order = outputs(names)
-    argmax = x.new_full((x.shape[0],), -1, dtype=torch.int64) if "argmax" in order else None
-
-    def row_function(
-        stats: list[Tensor], rows: slice | Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        found = dict(zip(order, stats, strict=True))
-        losses, coefficients, best = cross_entropy_rows(
-            found, terms.rows(rows), None if target is None else target[rows], w.shape[0]
-        )
-        if argmax is not None and best is not None:
-            argmax[rows] = best
-        return losses, [coefficients.get(name) for name in order]
-
-    index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
-    wanted = [o for o in smooth_outputs(names) if o != "max"]
+    call = CrossEntropyCall.of(head, terms)
     losses, gradients, report = near_far_sweep.any_one_sweep(
-        head, wanted, row_function, Needs(*needs), _primitives(backend, x), chunk_rows, index,
-        NearFar(near_threshold, near_target_error, near_certificate), terms.row_scale,
+        head, call.wanted, call.row_function, Needs(*needs), _primitives(backend, x), chunk_rows,
+        call.index, NearFar(near_threshold, near_target_error, near_certificate), terms.row_scale,
     )  # fmt: skip
-    return tuple(flatten_none([losses.sum(), argmax, *gradients, report], x))
+    return tuple(flatten_none([losses.sum(), call.argmax, *gradients, report], x))
 
 
 def _logits_statistics(

@@ -248,6 +248,60 @@ def one_sweep(
     return losses, Gradients(dx if needs.dx else None, dw, db, dscale)
 
 
+def kept_sweep(
+    head: Head,
+    wanted: Sequence[str],
+    row_function: RowFunction,
+    primitives: Any,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
+    """One sweep that ends before its gradients: one chunk of all rows, kept in bfloat16.
+
+    Where that is smaller than a float32 dw, the gradients wait for the upstream factor, and are
+    rounded as they are made. Arguments as of `one_sweep`.
+
+    Returns:
+        Losses (N,), the chunk, and statistics and coefficients of the rows in it.
+    """
+    part = head if index is None else head.rows(index)
+    n, v = part.x.shape[0], part.w.shape[0]
+    buffer = part.x.new_empty(n * row_stride(v), dtype=torch.bfloat16)
+    chunk = buffer.as_strided((n, v), (row_stride(v), 1))
+    stats = primitives.linear_chunk_statistics(*part, wanted, chunk)
+    rows = slice(None) if index is None else index
+    found, coefficients = row_function(stats, rows)
+    losses = found.new_zeros(head.x.shape[0])
+    losses[rows] = found
+    return losses, chunk, stats, coefficients
+
+
+def kept_gradient(
+    head: Head,
+    wanted: Sequence[str],
+    chunk: Tensor,
+    statistics: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    needs: Needs,
+    primitives: Any,
+    index: Tensor | None,
+    dtype: torch.dtype,
+) -> Gradients:
+    """Gradients of what `kept_sweep` left, which is not used up; dw and db in ``dtype``."""
+    part = head if index is None else head.rows(index)
+    x, w = part.x, part.w
+    acc = accumulate_dtype(x.dtype)
+    dx = x.new_empty(x.shape, dtype=acc) if needs.dx or needs.dscale else None
+    dw = w.new_empty(w.shape, dtype=dtype) if needs.dw else None
+    db = w.new_empty(w.shape[0], dtype=dtype) if needs.db else None
+    primitives.linear_chunk_gradient(
+        *part, wanted, chunk, statistics, coefficients, dx, dw, db, False
+    )
+    dscale = (x.to(acc) * dx).sum() if needs.dscale and dx is not None else None
+    if dx is not None and index is not None:
+        dx = dx.new_zeros(head.x.shape).index_copy_(0, index, dx)
+    return Gradients(dx if needs.dx else None, dw, db, dscale)
+
+
 def two_sweeps_gradient(
     head: Head,
     statistics: Sequence[Tensor],

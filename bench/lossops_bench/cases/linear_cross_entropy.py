@@ -86,14 +86,15 @@ def against_lossops(backend: str, problem: Problem) -> str | None:
 def schedule(problem: Problem, inputs: Tensors, *, backend: str) -> str:
     """Which of the two schedules lossops takes for these inputs."""
     from lossops.inputs import head_inputs
-    from lossops.linear import planned_rows
+    from lossops.linear import keeps_one_chunk, planned_rows
     from lossops.schedules import LinearLossOptions
 
     if problem.mode == "forward":
         return ""
     head = head_inputs(inputs["input"], inputs["linear_weight"], None, None, None)
     names = ("lse", "target")
-    rows = planned_rows(head, LinearLossOptions(), names, names, backend)
+    plan = (head, LinearLossOptions(), names, names, backend)
+    rows = head.x.shape[0] if keeps_one_chunk(*plan) else planned_rows(*plan)
     return "two_sweeps" if rows is None else f"one_sweep R={rows}"
 
 
