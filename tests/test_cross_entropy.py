@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lossops
-from lossops import LinearLossOptions
+from lossops import LinearLossOptions, backends
+from lossops.autograd import KeptCrossEntropy
 from lossops.reference import accumulate_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -548,3 +550,61 @@ def test_any_shape_layout_and_dtype(
         # strict budgets are in the tests of the contract.
         atol = 16 * FLOOR[mine.dtype] * max([1.0, *exact.abs().flatten().tolist()])
         torch.testing.assert_close(mine.double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 9], ids=["all rows", "some", "none"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"reduction": "sum", "lse_square_scale": 1e-2},
+        {"sample_weight": torch.linspace(0, 2, 9)},
+        {"outputs": ("argmax",)},
+    ],
+    ids=["mean", "sum", "weighted", "argmax"],
+)
+def test_a_chunk_that_waits_for_backward(
+    ignored: int, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bfloat16 products keep one chunk of exponentials: any gradients, any number."""
+    random = torch.Generator().manual_seed(1)
+    x, w, b = (torch.randn(*s, generator=random).bfloat16() for s in ((9, 8), (51, 8), (51,)))
+    y = torch.randint(51, (9,), generator=random)
+    y[:ignored] = -100
+    scale, kept = torch.tensor(0.7), []
+    forward = KeptCrossEntropy.forward
+    monkeypatch.setattr(
+        KeptCrossEntropy, "forward", staticmethod(lambda *a: kept.append(1) or forward(*a))
+    )
+
+    def loss(leaves: list[Tensor], **keywords: Any) -> Tensor:
+        x, w, b, scale = leaves
+        found = lossops.linear_cross_entropy(
+            x, w, y, linear_bias=b, logit_scale=scale, **own, **keywords
+        )
+        return found.loss if "outputs" in own else found
+
+    for frozen in ((), (0,), (1,), (2, 3)):
+        leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate((x, w, b, scale))]
+        wanted = [t for t in leaves if t.requires_grad]
+        ours, theirs = loss(leaves), loss(leaves, options=LinearLossOptions(chunk_rows=4))
+        torch.testing.assert_close(ours, theirs)
+        expected = torch.autograd.grad(3.1 * theirs, wanted)
+        for _ in range(2):  # the chunk is not used up
+            found = torch.autograd.grad(3.1 * ours, wanted, retain_graph=True)
+            for t, mine, other in zip(wanted, found, expected, strict=True):
+                assert mine.dtype == t.dtype
+                size = 2 * FLOOR[t.dtype] * (1 + float(other.double().abs().max()))
+                torch.testing.assert_close(mine, other, rtol=0, atol=size)
+    again = loss([t.clone().requires_grad_() for t in (x, w, b, scale)])
+    again.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        again.backward()
+    assert len(kept) == (5 if backends.rounds_products("cpp", x.dtype, 8) else 0)
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    ours = lossops.linear_cross_entropy(*leaves, y, **own)
+    ours = ours.loss if "outputs" in own else ours
+    first = torch.autograd.grad(ours, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(t.float().square().sum() for t in first), leaves)
+    assert all(t.isfinite().all() for t in second)
+    assert bool(second[1].any()) == (ignored < 9)
