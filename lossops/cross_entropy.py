@@ -214,11 +214,11 @@ def linear_cross_entropy(
 
     Note:
         Extra memory, in bytes, beyond inputs and gradients: one sweep a chunk of logits of at most
-        136 MiB, and 4·D·(N + V) of accumulators for half precision, or one chunk of as much, all within
-        ``max_workspace_bytes``; two sweeps 4·N·D for dx of half precision and tiles of at most
-        about 64 MiB. Near and far gradients take at most 16·N·D + V·N / 8 + 64·V more (57 MiB at
-        N = 4096, D = 1024, V = 65,536), N counting at most 8192 rows in the second. Same bits for
-        the same inputs, threads and build.
+        136 MiB, and 4·D·(N + V) of accumulators for half precision or one chunk of as much in their
+        stead, all within ``max_workspace_bytes``; two sweeps 4·N·D for dx of half precision and
+        tiles of at most about 64 MiB. Near and far gradients take at most 16·N·D + V·N / 8 + 64·V
+        more (57 MiB at N = 4096, D = 1024, V = 65,536), N counting at most 8192 rows in the second.
+        Same bits for the same inputs, threads and build.
 
     Example:
         >>> import torch, lossops
