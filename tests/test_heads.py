@@ -263,7 +263,7 @@ def test_bad_arguments_end_with_a_sentence(arguments: list[str]):
 
 def test_partial_fc_says_what_a_step_costs(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    line = ["partial-fc", "--classes", "300", "--dim", "8", "--batch", "6", "--repeats", "2"]
+    line = ["run", "partial_fc", "--classes", "300", "--dim", "8", "--batch", "6", "--repeats", "2"]
     result = CliRunner().invoke(build_app(), [*line, "--json", str(file), "--threads", "1"])
     assert result.exit_code == 0, result.output
     found = [json.loads(text) for text in file.read_text().splitlines()]

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
 
 from lossops_bench.case import Case, Problem, Rival
 from lossops_bench.cases import CASES, CATALOGUE
@@ -46,6 +47,15 @@ class Mode(str, Enum):
     forward = "forward"
 
 
+class Commands(TyperGroup):
+    """`run near_far` and `run partial_fc` are commands too: N, D, V alone do not shape them."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        if args[0] == "run" and args[1:2] in (["near_far"], ["partial_fc"]):
+            args = [args[1].replace("_", "-"), *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 def build_app() -> typer.Typer:
     """The commands; those that have a file of their own are imported from there."""
     from lossops_bench.demo import demo_command
@@ -60,6 +70,7 @@ def build_app() -> typer.Typer:
     from lossops_bench.towers import towers_command
 
     app = typer.Typer(
+        cls=Commands,
         help="Benchmarks of lossops beside PyTorch: time in GEMM-equivalents, memory, error.",
         no_args_is_help=True,
         add_completion=False,
@@ -94,7 +105,10 @@ def list_command() -> None:
 def run_command(
     case: Annotated[
         str,
-        typer.Argument(help="One of those that `list` shows; catalogue for all of it; near_far."),
+        typer.Argument(
+            help="One of those that `list` shows; catalogue for all of it; near_far, partial_fc "
+            "with the options of these commands."
+        ),
     ],
     shape: Annotated[
         list[str] | None, typer.Option(help="N,D,V or NAME or NAME:N; may be repeated.")
@@ -112,11 +126,6 @@ def run_command(
     plot: Annotated[Path | None, typer.Option(help="Write a picture, e.g. PNG.")] = None,
 ) -> None:
     """Measure the rivals of a case, side by side."""
-    if case == "near_far":  # its inputs come out of a training: a command with options of its own
-        from lossops_bench.near_far import near_far_command
-
-        near_far_command()
-        return
     chosen = [_case(name) for name in (CATALOGUE if case == "catalogue" else [case])]
     competing = {one.name: _rivals(one, rivals) for one in chosen}
     _check_device(device)
