@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lossops import backends, ops, reference
 from lossops.near_far import NearFar
-from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
+from lossops.recipes import CrossEntropyTerms, cross_entropy_outputs, cross_entropy_rows
 from lossops.schedules import (
     HALF_UNIT,
     Gradients,
@@ -30,7 +30,7 @@ from lossops.schedules import (
     power_of_two,
     without_autocast,
 )
-from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
+from lossops.statistics import INDEX_OUTPUTS, outputs
 
 Optional = Tensor | None
 Value = Callable[[Tensor, Tensor, Optional, Optional], list[Tensor]]
@@ -239,25 +239,11 @@ class KeptCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy whose backward finds the chunk of all rows; for no compiler."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        w: Tensor,
-        b: Optional,
-        scale: Optional,
-        target: Optional,
-        class_vector: Optional,
-        teacher: Optional,
-        nll: Optional,
-        lse: Optional,
-        smooth: Optional,
-        taught: Optional,
-        square: Optional,
-        softcap: float,
-        names: list[str],
-        backend: str,
-    ) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        """As `LinearCrossEntropy`, with neither ``needs``, ``chunk_rows`` nor ``near``."""
+        x, w, b, scale, target, class_vector, teacher, *terms, softcap, names, backend = inputs
         head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-        call = ops.CrossEntropyCall.of(head, CrossEntropyTerms(nll, lse, smooth, taught, square))
+        call = ops.CrossEntropyCall.of(head, CrossEntropyTerms(*terms))
         primitives = backends.select(backend, x.device, x.dtype).primitives()
         with without_autocast(x.device):
             losses, chunk, stats, coefficients = kept_sweep(
@@ -283,7 +269,7 @@ class KeptCrossEntropy(torch.autograd.Function):
         softcap, names, backend = ctx.static
         stats, given = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-        wanted = [o for o in smooth_outputs(names) if o != "max"]
+        wanted = cross_entropy_outputs(names)
         needs = Needs(*ctx.needs_input_grad[:4])
         primitives = backends.select(backend, x.device, x.dtype).primitives()
         counted = index if len(chunk) < len(x) else None

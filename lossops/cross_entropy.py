@@ -61,11 +61,16 @@ from lossops.linear import (
 )
 from lossops.near_far import NearFarReport
 from lossops.ops import check_target
-from lossops.recipes import CrossEntropyTerms, cross_entropy_losses, overall_argmax
+from lossops.recipes import (
+    CrossEntropyTerms,
+    cross_entropy_losses,
+    cross_entropy_outputs,
+    overall_argmax,
+)
 from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions, without_autocast
 from lossops.shards import Shards
-from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical, smooth_outputs
+from lossops.statistics import INDEX_OUTPUTS, RowStatistics, canonical
 from lossops.statistics import outputs as statistic_outputs
 
 if TYPE_CHECKING:
@@ -281,7 +286,7 @@ def linear_cross_entropy(
     classes = None if shards is None else max(shards.counts)
     rows = None
     if wants and single:
-        plan = (task.names, [o for o in smooth_outputs(task.names) if o != "max"], backend)
+        plan = (task.names, cross_entropy_outputs(task.names), backend)
         if shards is None and keeps_one_chunk(head, opts, *plan):
             total, argmax, *_ = apply(
                 KeptCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,

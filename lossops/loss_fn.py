@@ -18,7 +18,7 @@ from lossops.inputs import HeadInputs
 from lossops.near_far_sweep import any_one_sweep
 from lossops.ops import check_target
 from lossops.schedules import Head, Needs, without_autocast
-from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
+from lossops.statistics import outputs, smooth_outputs
 
 Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
 """Losses (R,) from statistics of some rows, which rows these are, and their row tensors."""
@@ -59,7 +59,8 @@ class LossSweep:
         check_target(self.ids, w.shape[0])
         head = Head(x, w, b, scale, *self.fixed)
         order = outputs(self.names)
-        smooth = [i for i, n in enumerate(order) if n != "shift" and n not in INDEX_OUTPUTS]
+        collected = smooth_outputs(self.names)
+        smooth = [order.index(n) for n in collected]
         parameters = self.parameters  # those F holds; unpacked by hooks they would be copies
         sums = [torch.zeros_like(p) for p in parameters]
         by_row = [torch.zeros_like(t) for t in self.row_tensors]
@@ -96,11 +97,10 @@ class LossSweep:
             return losses.detach(), coefficients
 
         primitives = backends.select(self.backend, x.device, x.dtype).primitives()
-        wanted = smooth_outputs(self.names)
         try:
             with without_autocast(x.device):
                 losses, grads, _ = any_one_sweep(
-                    head, wanted, row_function, self.needs, primitives, self.rows, self.index,
+                    head, collected, row_function, self.needs, primitives, self.rows, self.index,
                     self.near, None,
                 )  # fmt: skip
         except _TwoSweepsError:

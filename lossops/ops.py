@@ -17,7 +17,7 @@ from torch import Tensor
 from lossops import backends, gram, near_far_sweep
 from lossops.inputs import counted_rows
 from lossops.near_far import NearFar, NearFarReport
-from lossops.recipes import CrossEntropyTerms, cross_entropy_rows
+from lossops.recipes import CrossEntropyTerms, cross_entropy_outputs, cross_entropy_rows
 from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     Head,
@@ -27,7 +27,7 @@ from lossops.schedules import (
     two_sweeps_gradient,
     without_autocast,
 )
-from lossops.statistics import INDEX_OUTPUTS, outputs, smooth_outputs
+from lossops.statistics import INDEX_OUTPUTS, outputs
 
 HEAD = (
     "Tensor x, Tensor w, Tensor? b, Tensor? scale, float softcap, Tensor? target, "
@@ -178,7 +178,7 @@ class CrossEntropyCall:
             return losses, [coefficients.get(name) for name in order]
 
         index = counted_rows(target) if argmax is None else None  # ignored rows cost nothing
-        wanted = [o for o in smooth_outputs(head.names) if o != "max"]
+        wanted = cross_entropy_outputs(head.names)
         return CrossEntropyCall(wanted, row_function, argmax, index)
 
 

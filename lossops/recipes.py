@@ -17,14 +17,14 @@ weights, label smoothing, class probabilities and the lse² penalty are one form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.statistics import RowStatistics
+from lossops.statistics import RowStatistics, smooth_outputs
 
 
 class CrossEntropyTerms(NamedTuple):
@@ -59,6 +59,11 @@ def extremes(values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """What a row of cross-entropy is poisoned by; lse of -inf over all classes is 0 / 0 too."""
     lse = values["lse"]
     return (lse, values["target"]) if "target" in values else (lse, -lse)
+
+
+def cross_entropy_outputs(names: Iterable[str]) -> list[str]:
+    """Outputs of collected statistics that cross-entropy may give a coefficient."""
+    return [o for o in smooth_outputs(names) if o != "max"]  # which is for argmax
 
 
 def cross_entropy_losses(stats: RowStatistics, terms: CrossEntropyTerms) -> Tensor:
