@@ -330,16 +330,26 @@ def test_identities_are_learnt_and_a_checkpoint_is_exact(rate: float, tmp_path: 
     data = Identities(FEW)
     whole, stopped, resumed = (Run(rate, FEW) for _ in range(3))
     train(whole, data)
-    assert whole.points[-1][2] > 10 / FEW.classes
+    assert whole.points[-1].held_out > 10 / FEW.classes
+    assert whole.points[-1].strangers > 10 / FEW.classes
     with pytest.raises(StopError):
         train(stopped, data, tmp_path / "run.pt", stop)
     train(resumed, data, tmp_path / "run.pt")
     assert resumed.step == FEW.steps
     assert torch.equal(resumed.head.weight, whole.head.weight)
-    assert [p[2] for p in resumed.points] == [p[2] for p in whole.points]
+    for reached, there in zip(resumed.points, whole.points, strict=True):
+        assert reached._replace(seconds=there.seconds) == there
     other = Run(rate, replace(FEW, seed=1))
     other.resume(tmp_path / "run.pt")
     assert other.step == 0, "a checkpoint of another task"
+
+
+def test_strangers_are_others_and_found_where_their_pictures_are_alike() -> None:
+    for noise, least, most in ((0.0, 1.0, 1.0), (100.0, 0.0, 0.25)):
+        data, run = Identities(replace(FEW, noise=noise)), Run(1.0, FEW)
+        run.evaluate(data)
+        assert least <= run.points[-1].strangers <= most
+        assert not torch.isin(data.new_latents, data.latents).any()
 
 
 def test_identities_refuses_rates_that_are_none() -> None:

@@ -6,6 +6,10 @@ Pictures are made up: A tanh(B (u_k + σ n)) of a latent u_k ~ N(0, I) with fres
 picture is seen twice and held-out ones are drawn alike. Every rate trains the same backbone from
 the same start on the same batches; what differs is how many classes a step sees. After each part
 of the steps the state is written, and a run that was stopped goes on from there.
+
+Held out are new pictures of the identities trained on, found by their class centre, and pictures
+of strangers, identities that training never saw, found by another picture of each: the second is
+how face recognition is judged, and needs the backbone alone.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -37,7 +42,7 @@ __all__ = ["Identities", "Options", "Run", "identities_command", "train"]
 
 EVALUATIONS = 10
 HELD_OUT = 20_000
-"""Pictures: a standard error of 0.3 points."""
+"""Pictures, and strangers at most: a standard error of 0.3 points."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Options:
     classes: int = 100_000
     dim: int = 64
     latent: int = 32
-    noise: float = 0.4
+    noise: float = 0.5
     batch: int = 512
     steps: int = 2000
     lr: float = 0.1
@@ -66,14 +71,35 @@ class Identities:
         self.latents = torch.randn(options.classes, size, generator=draw)
         self.inside = torch.randn(2 * size, size, generator=draw) / size**0.5
         self.outside = torch.randn(2 * size, 2 * size, generator=draw) / (2 * size) ** 0.5
+        self.new_latents = torch.randn(min(HELD_OUT, options.classes), size, generator=draw)
 
     def pictures(self, count: int, number: int) -> tuple[Tensor, Tensor]:
         """Batch ``number``: pictures (N, 2·latent) and who they are of (N,)."""
-        draw = torch.Generator().manual_seed(self.options.seed * 1_000_003 + number + 1)
+        draw = self._draw(number + 1)
         ids = torch.randint(self.options.classes, (count,), generator=draw)
-        noise = torch.randn(count, self.options.latent, generator=draw)
-        seen = self.latents[ids] + self.options.noise * noise
-        return torch.tanh(seen @ self.inside.T) @ self.outside.T, ids
+        return self._taken(self.latents[ids], draw), ids
+
+    def strangers(self) -> tuple[Tensor, Tensor]:
+        """Two pictures of each of as many identities as training never sees."""
+        draw = self._draw(-1)
+        return self._taken(self.new_latents, draw), self._taken(self.new_latents, draw)
+
+    def _draw(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.options.seed * 1_000_003 + number)
+
+    def _taken(self, latents: Tensor, draw: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=draw)
+        seen = latents + self.options.noise * noise
+        return torch.tanh(seen @ self.inside.T) @ self.outside.T
+
+
+class Point(NamedTuple):
+    """What a run has reached: shares of held-out pictures, and of strangers, that are found."""
+
+    step: int
+    seconds: float
+    held_out: float
+    strangers: float
 
 
 @dataclass
@@ -85,8 +111,7 @@ class Run:
     seconds: float = 0.0
     step: int = 0
     loss: float = float("nan")
-    points: list[tuple[int, float, float]] = field(default_factory=list)
-    """(step, seconds, held-out accuracy)"""
+    points: list[Point] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -120,18 +145,25 @@ class Run:
         self.step += 1
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, y: Tensor) -> None:
-        """The share of pictures whose nearest centre is their own."""
-        found = [self.head.topk(self.body(part), 1).indices[:, 0] for part in x.split(1000)]
-        accuracy = (torch.cat(found) == y).float().mean().item()
-        self.points.append((self.step, self.seconds, accuracy))
+    def evaluate(self, data: Identities) -> None:
+        """How many pictures are nearest to their own centre, and to the other of a stranger."""
+        x, y = data.pictures(HELD_OUT, -1)
+        known = [self.head.topk(self.body(part), 1).indices[:, 0] for part in x.split(1000)]
+        gallery, probes = (F.normalize(self.body(each)) for each in data.strangers())
+        new = [(part @ gallery.T).argmax(1) for part in probes.split(1000)]
+        shares = [
+            (torch.cat(found) == right).float().mean().item()
+            for found, right in ((known, y), (new, torch.arange(len(probes))))
+        ]
+        self.points.append(Point(self.step, self.seconds, *shares))
 
     def save(self, path: Path) -> None:
         """Everything a run needs to go on, readable with ``weights_only=True``."""
         parts = (self.body, self.head, *self.optimizers, *self.schedules)
         state: dict[str, Any] = {"options": asdict(self.options), "rate": self.rate}
         state |= {"parts": [part.state_dict() for part in parts]}
-        state |= {"seconds": self.seconds, "step": self.step, "points": self.points}
+        points = [tuple(point) for point in self.points]
+        state |= {"seconds": self.seconds, "step": self.step, "points": points}
         torch.save(state, path)
 
     def resume(self, path: Path) -> None:
@@ -145,7 +177,7 @@ class Run:
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         self.seconds, self.step = state["seconds"], state["step"]
-        self.points = [tuple(point) for point in state["points"]]
+        self.points = [Point(*point) for point in state["points"]]
 
 
 def train(
@@ -165,12 +197,11 @@ def train(
     if checkpoint is not None:
         run.resume(checkpoint)
     steps, batch = run.options.steps, run.options.batch
-    held_out = data.pictures(HELD_OUT, -1)
     while run.step < steps:
         run.train_step(*data.pictures(batch, run.step))
         on_step(run)
         if run.step * EVALUATIONS // steps > (run.step - 1) * EVALUATIONS // steps:
-            run.evaluate(*held_out)
+            run.evaluate(data)
             if checkpoint is not None:
                 run.save(checkpoint)
 
@@ -182,6 +213,7 @@ def identities_command(
     batch: Annotated[int, Option(min=1, help="Pictures in a step.")] = Options.batch,
     steps: Annotated[int, Option(min=EVALUATIONS, help="Of every rate.")] = Options.steps,
     noise: Annotated[float, Option(help="Of a picture, beside latents of size 1.")] = Options.noise,
+    lr: Annotated[float, Option(help="Of the centres, at the start.")] = Options.lr,
     seed: Annotated[int, Option(help="Of identities, pictures and weights.")] = 0,
     out: Annotated[Path, Option(help="Folder of curves, table and checkpoints.")] = Path(
         "lossops-identities"
@@ -194,7 +226,9 @@ def identities_command(
         raise typer.BadParameter(f"--rates must be numbers in (0, 1], got {rates!r}") from None
     if not all(0 < rate <= 1 for rate in wanted):
         raise typer.BadParameter(f"--rates must be in (0, 1], got {rates}")
-    options = Options(classes=classes, dim=dim, batch=batch, steps=steps, noise=noise, seed=seed)
+    options = Options(
+        classes=classes, dim=dim, batch=batch, steps=steps, noise=noise, lr=lr, seed=seed
+    )
     console = Console(highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     data, runs = Identities(options), []
@@ -203,7 +237,7 @@ def identities_command(
             task = bar.add_task(f"rate {rate:g}", total=steps, note="")
 
             def on_step(run: Run, task: Any = task) -> None:
-                reached = f", held out {run.points[-1][2]:.1%}" if run.points else ""
+                reached = f", held out {run.points[-1].held_out:.1%}" if run.points else ""
                 bar.update(task, completed=run.step, note=f"loss {run.loss:.3f}{reached}")
 
             runs.append(Run(rate, options))
@@ -219,13 +253,13 @@ def identities_table(runs: Sequence[Run]) -> Table:
     options = runs[0].options
     table = plain_table(
         f"{options.classes:,} identities, {options.dim} features, {options.steps:,} steps of "
-        f"{options.batch}: pictures whose nearest centre is their own"
+        f"{options.batch}: held-out pictures found by centre, strangers by another picture"
     )
-    for heading in ("sample rate", "held out", "ms/step"):
+    for heading in ("sample rate", "held out", "strangers", "ms/step"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        each = f"{run.seconds / run.step * 1e3:,.0f}"
-        table.add_row(f"{run.rate:g}", f"{run.points[-1][2]:.2%}", each)
+        each, end = f"{run.seconds / run.step * 1e3:,.0f}", run.points[-1]
+        table.add_row(f"{run.rate:g}", f"{end.held_out:.2%}", f"{end.strangers:.2%}", each)
     return table
 
 
@@ -233,24 +267,28 @@ def write_points(path: Path, runs: Sequence[Run]) -> None:
     """One line per rate and evaluation."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["rate", "step", "seconds", "accuracy"])
+        writer.writerow(["rate", *Point._fields])
         writer.writerows((run.rate, *point) for run in runs for point in run.points)
 
 
 def write_curves(path: Path, runs: Sequence[Run]) -> None:
-    """Held-out accuracy by steps and by time, a line per rate."""
-    figure = Figure(figsize=(10, 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
-    for axes, column, label in zip(
-        figure.subplots(1, 2, sharey=True), (0, 1), ("steps", "seconds of training"), strict=True
-    ):
+    """Both accuracies by steps, and that of held-out pictures by time; a line per rate."""
+    figure = Figure(figsize=(13, 4), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    panels = (
+        ("step", "strangers", "identities that training never saw"),
+        ("step", "held_out", "new pictures of those it saw"),
+        ("seconds", "held_out", "the same, by time"),
+    )
+    for axes, (across, up, title) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-            x, y = zip(*((point[column], point[2]) for point in run.points), strict=True)
+            x, y = ([getattr(point, each) for point in run.points] for each in (across, up))
             axes.plot(x, y, "o-", color=colour, label=f"{run.rate:g}", markersize=3, linewidth=1.6)
-        axes.set_xlabel(label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("steps" if across == "step" else "seconds of training")
         axes.grid(color="#e8e8e8")
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    figure.axes[0].set_ylabel("held-out accuracy")
+    figure.axes[0].set_ylabel("pictures that are found")
     figure.axes[0].legend(title="sample rate", frameon=False)
     options = runs[0].options
     figure.suptitle(f"Partial FC, {options.classes:,} identities, the same backbone and batches")
