@@ -163,7 +163,7 @@ class Run:
         state: dict[str, Any] = {"options": asdict(self.options), "rate": self.rate}
         state |= {"parts": [part.state_dict() for part in parts]}
         points = [tuple(point) for point in self.points]
-        state |= {"seconds": self.seconds, "step": self.step, "points": points}
+        state |= {"seconds": self.seconds, "step": self.step, "loss": self.loss, "points": points}
         torch.save(state, path)
 
     def resume(self, path: Path) -> None:
@@ -176,7 +176,7 @@ class Run:
         parts = (self.body, self.head, *self.optimizers, *self.schedules)
         for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
-        self.seconds, self.step = state["seconds"], state["step"]
+        self.seconds, self.step, self.loss = state["seconds"], state["step"], state["loss"]
         self.points = [Point(*point) for point in state["points"]]
 
 
