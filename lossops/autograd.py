@@ -267,34 +267,12 @@ class KeptCrossEntropy(torch.autograd.Function):
         (x, w, b, scale, target, class_vector, teacher), terms = saved[:7], saved[7:12]
         index, chunk, *rest = saved[12:]
         softcap, names, backend = ctx.static
-        stats, given = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-        wanted = cross_entropy_outputs(names)
-        needs = Needs(*ctx.needs_input_grad[:4])
-        primitives = backends.select(backend, x.device, x.dtype).primitives()
         counted = index if len(chunk) < len(x) else None
-
-        def gradients(factor: Tensor, dtype: torch.dtype) -> Gradients:
-            coefficients = [
-                c * factor if o in wanted and c.numel() else None
-                for c, o in zip(given, outputs(names), strict=True)
-            ]
-            with without_autocast(x.device):
-                return kept_gradient(
-                    head, wanted, chunk, stats, coefficients, needs, primitives, counted, dtype
-                )
-
-        inputs = (x, w, b, scale)
-        if torch.is_grad_enabled():
-            value = dense_cross_entropy(softcap, names, target, class_vector, teacher, terms)
-            ready = flatten_none(gradients(g.new_ones(()), g.dtype), x)
-            found = apply(ScaledGradients, value, needs, g, *inputs, *ready)
-        else:
-            dx, dw, db, dscale = gradients(g, w.dtype)
-            if dx is not None and scale is not None:
-                dx *= scale.to(dx.dtype)
-            dx = None if dx is None else dx.to(x.dtype)
-            found = (dx, dw, db, like_scale(dscale, scale))
+        needs = ctx.needs_input_grad[:4]
+        value = dense_cross_entropy(softcap, names, target, class_vector, teacher, terms)
+        wanted = cross_entropy_outputs(names)
+        found = hand_out_kept(head, wanted, chunk, rest, needs, backend, counted, g, value)
         return (*found, *(None,) * 11)
 
 
@@ -371,6 +349,49 @@ class ScaledGradients(torch.autograd.Function):
         g, *inputs = ctx.saved_tensors
         found, again = differentiate_twice(ctx.value, inputs, [g], cotangents, ctx.needs)
         return (None, None, again[0], *found, *(None,) * 4)
+
+
+def hand_out_kept(
+    head: Head,
+    wanted: Sequence[str],
+    chunk: Tensor,
+    rows: Sequence[Tensor],
+    needs: Sequence[bool],
+    backend: str,
+    index: Optional,
+    g: Tensor,
+    value: Value,
+) -> tuple[Optional, ...]:
+    """Gradients for x, w, b and scale of what `kept_sweep` left, times the upstream scalar g.
+
+    ``rows`` are its statistics and then its coefficients, empty for None, of the rows ``index``.
+    The chunk is not used up: any backward is as good as the first.
+    """
+    x, scale = head.x, head.scale
+    order = outputs(head.names)
+    stats, given = rows[: len(order)], rows[len(order) :]
+    primitives = backends.select(backend, x.device, x.dtype).primitives()
+
+    def gradients(factor: Tensor, dtype: torch.dtype) -> Gradients:
+        coefficients = [
+            c * factor if o in wanted and c.numel() else None
+            for c, o in zip(given, order, strict=True)
+        ]
+        with without_autocast(x.device):
+            return kept_gradient(
+                head, wanted, chunk, stats, coefficients, Needs(*needs), primitives, index, dtype
+            )
+
+    if torch.is_grad_enabled():
+        ready = flatten_none(gradients(g.new_ones(()), g.dtype), x)
+        found: tuple[Optional, ...] = apply(
+            ScaledGradients, value, needs, g, x, head.w, head.b, scale, *ready
+        )
+        return found
+    dx, dw, db, dscale = gradients(g, head.w.dtype)
+    if dx is not None and scale is not None:
+        dx *= scale.to(dx.dtype)
+    return (None if dx is None else dx.to(x.dtype), dw, db, like_scale(dscale, scale))
 
 
 def scaled(

@@ -64,7 +64,6 @@ from lossops.ops import check_target
 from lossops.recipes import (
     CrossEntropyTerms,
     cross_entropy_losses,
-    cross_entropy_outputs,
     overall_argmax,
 )
 from lossops.reference import accumulate_dtype
@@ -286,7 +285,7 @@ def linear_cross_entropy(
     classes = None if shards is None else max(shards.counts)
     rows = None
     if wants and single:
-        plan = (task.names, cross_entropy_outputs(task.names), backend)
+        plan = (task.names, backend)
         if shards is None and keeps_one_chunk(head, opts, *plan):
             total, argmax, *_ = apply(
                 KeptCrossEntropy, *diff, task.ids, task.class_vector, task.teacher, *task.terms,

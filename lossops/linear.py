@@ -44,7 +44,7 @@ from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     LinearLossOptions,
     chunk_size,
-    keeps_exponentials,
+    may_be_rounded,
     one_sweep_rows,
     row_stride,
     without_autocast,
@@ -55,7 +55,6 @@ from lossops.statistics import (
     RowStatistics,
     canonical,
     outputs,
-    smooth_outputs,
 )
 
 LossFunction = Callable[..., Tensor]
@@ -438,13 +437,14 @@ def swept_losses(
     wants = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (*diff, *parameters, *row_tensors)
     )
-    rows = None
+    rows, kept = None, False
     if (
         wants and rowwise and reduced and not torch.compiler.is_compiling()
         # torch.func wraps what loss_fn closes over, out of sight of the gradient of one sweep.
         and not torch._C._are_functorch_transforms_active()
     ):  # fmt: skip
-        rows = planned_rows(head, opts, names, smooth_outputs(names), backend, num_classes)
+        kept = num_classes is None and keeps_one_chunk(head, opts, names, backend)
+        rows = head.x.shape[0] if kept else planned_rows(head, opts, names, backend, num_classes)
     if opts.schedule == "one_sweep" and wants and rows is None:
         raise ValueError(
             "schedule='one_sweep' needs rowwise=True, reduction 'mean' or 'sum', and neither "
@@ -455,8 +455,9 @@ def swept_losses(
         once = list({id(p): p for p in parameters}.values())  # given twice it would count twice
         index = counted_rows(counted)
         sweep = LossSweep(
-            head, ids, class_vector, teacher, names, losses, once, row_tensors, index, rows, chosen
-        )
+            head, ids, class_vector, teacher, names, losses, once, row_tensors, index, rows,
+            kept, chosen,
+        )  # fmt: skip
         total: Tensor | None = apply(UserLoss, sweep, *diff, *once, *row_tensors)[0]
         if total is not None:
             return total
@@ -510,15 +511,13 @@ def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -
     return total if reduction == "sum" else total / divisor
 
 
-def rounds_chunks(
-    head: HeadInputs, names: Sequence[str], wanted: Sequence[str], backend: str
-) -> bool:
-    """Whether a chunk of logits is kept as exponentials in bfloat16."""
+def rounds_chunks(head: HeadInputs, names: Sequence[str], backend: str) -> bool:
+    """Whether a chunk of logits is kept in bfloat16."""
     chosen = chosen_backend(backend, head, one_sweep=True)
     return (
         backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])
         and not head.near.on
-        and keeps_exponentials(head.softcap, names, wanted)
+        and may_be_rounded(names)
     )
 
 
@@ -526,7 +525,6 @@ def keeps_one_chunk(
     head: HeadInputs,
     options: LinearLossOptions,
     names: Sequence[str],
-    wanted: Sequence[str],
     backend: str,
 ) -> bool:
     """Whether the gradients of one sweep can wait for backward: its one chunk of all rows must be
@@ -540,14 +538,13 @@ def keeps_one_chunk(
     spared = 4 * d * v if head.w.requires_grad else 0
     most = min(chunk_size(head.x.device).bytes + spared, options.max_workspace_bytes)
     size = torch.bfloat16.itemsize * n * row_stride(v)
-    return 0 < size <= most and rounds_chunks(head, names, wanted, backend)
+    return 0 < size <= most and rounds_chunks(head, names, backend)
 
 
 def planned_rows(
     head: HeadInputs,
     options: LinearLossOptions,
     names: Sequence[str],
-    wanted: Sequence[str],
     backend: str,
     num_classes: int | None = None,
 ) -> int | None:
@@ -556,7 +553,7 @@ def planned_rows(
     Args:
         head: checked inputs.
         options: schedule and memory.
-        names, wanted: statistics, and those of their outputs that may get a coefficient.
+        names: statistics.
         backend: who would compute.
         num_classes: as in `swept_losses`. Default: ``None``.
     """
@@ -565,7 +562,7 @@ def planned_rows(
         return None
     if options.chunk_rows is not None:
         return options.chunk_rows
-    rounded = rounds_chunks(head, names, wanted, backend)
+    rounded = rounds_chunks(head, names, backend)
     rows = one_sweep_rows(
         head.x, v, head.w.requires_grad, options.max_workspace_bytes,
         torch.bfloat16 if rounded else None,

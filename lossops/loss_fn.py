@@ -1,7 +1,8 @@
 """One sweep of a loss the user wrote: F runs on each chunk's statistics, under autograd.
 
 F sees R rows of statistics as leaves; its gradients there are the coefficients of dz. Nothing else
-of the graph is kept.
+of the graph is kept. Where one chunk of all rows is, as of `schedules.kept_sweep`, the gradients of
+the head wait for backward.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lossops import backends, reference
-from lossops.autograd import alias, apply, hand_out
+from lossops.autograd import alias, apply, hand_out, hand_out_kept
 from lossops.inputs import HeadInputs
 from lossops.near_far_sweep import any_one_sweep
 from lossops.ops import check_target
-from lossops.schedules import Head, Needs, without_autocast
+from lossops.schedules import Head, Needs, flatten_none, kept_sweep, without_autocast
 from lossops.statistics import outputs, smooth_outputs
 
 Losses = Callable[[Sequence[Tensor], "slice | Tensor", Sequence[Tensor]], Tensor]
@@ -40,11 +41,12 @@ class LossSweep:
         row_tensors: Sequence[Tensor],
         index: Tensor | None,
         rows: int,
+        kept: bool,
         backend: str,
     ) -> None:
         self.ids, self.names, self.losses, self.near = ids, names, losses, head.near
         self.fixed = (head.softcap, ids, class_vector, teacher, names)
-        self.rows, self.backend, self.parameters = rows, backend, parameters
+        self.rows, self.kept, self.backend, self.parameters = rows, kept, backend, parameters
         self.row_tensors, self.index = row_tensors, index
         self.known = {id(p) for p in parameters}
         self.made_by = {p.grad_fn for p in parameters if p.grad_fn is not None}
@@ -54,7 +56,8 @@ class LossSweep:
     def run(self, x: Tensor, w: Tensor, b: Any, scale: Any) -> list[Any]:
         """Total loss and gradients of x, w, b, scale, parameters and row tensors.
 
-        [None] to take two sweeps.
+        Where the chunk is kept, it, its statistics and its coefficients stand for those of x, w, b
+        and scale. [None] to take two sweeps.
         """
         check_target(self.ids, w.shape[0])
         head = Head(x, w, b, scale, *self.fixed)
@@ -99,14 +102,30 @@ class LossSweep:
         primitives = backends.select(self.backend, x.device, x.dtype).primitives()
         try:
             with without_autocast(x.device):
-                losses, grads, _ = any_one_sweep(
-                    head, collected, row_function, self.needs, primitives, self.rows, self.index,
-                    self.near, None,
-                )  # fmt: skip
+                if self.kept:
+                    losses, chunk, stats, coefficients = kept_sweep(
+                        head, collected, row_function, primitives, self.index
+                    )
+                    ready: Sequence[Any] = [chunk, *stats, *coefficients]
+                else:
+                    losses, ready, _ = any_one_sweep(
+                        head, collected, row_function, self.needs, primitives, self.rows,
+                        self.index, self.near, None,
+                    )  # fmt: skip
         except _TwoSweepsError:
             return [None]
-        ready = (x.new_empty(0) if g is None else g for g in grads)
-        return [losses.sum(), *ready, *sums, *by_row]
+        return [losses.sum(), *flatten_none(ready, x), *sums, *by_row]
+
+    def hand_out(
+        self, x: Tensor, w: Tensor, b: Any, scale: Any, kept: Sequence[Tensor], g: Tensor,
+        value: Value,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of x, w, b and scale, times g, from what `run` kept for them."""
+        head = Head(x, w, b, scale, *self.fixed)
+        wanted, needs = smooth_outputs(self.names), self.needs
+        return hand_out_kept(
+            head, wanted, kept[0], kept[1:], needs, self.backend, self.index, g, value
+        )
 
 
 class _TwoSweepsError(Exception):
@@ -181,7 +200,9 @@ def _first(
 
 
 class UserLoss(torch.autograd.Function):
-    """Summed loss of a user's F in one sweep, with its gradients as further outputs."""
+    """Summed loss of a user's F in one sweep; its gradients, or what they come from, are further
+    outputs.
+    """
 
     @staticmethod
     def forward(sweep: LossSweep, *tensors: Tensor) -> tuple[Any, ...]:
@@ -215,13 +236,16 @@ class UserLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and len(inputs) > 4:
             return (None, *apply(ReferenceGradients, value, sweep, g, *inputs))
 
+        kept = 1 + 2 * len(outputs(sweep.names)) if sweep.kept else 4
+        ready, own = ready[:kept], ready[kept:]
+        if sweep.kept:
+            x, w, b, scale = inputs[:4]
+            grads = sweep.hand_out(x, w, b, scale, ready, g, value)
+            return (None, *grads, *(g * p for p in own))
+
         def again() -> Sequence[Tensor]:
-            found: Sequence[Tensor] = sweep.run(*inputs[:4])[1:]
+            found: Sequence[Tensor] = sweep.run(*inputs[:4])[1:5]
             return found
 
-        if ctx.used:
-            ready = again()
-        grads: tuple[Any, ...] = hand_out(
-            ctx, inputs[:4], sweep.needs, g, ready[:4], lambda: ready[:4], value
-        )
-        return (None, *grads, *(g * p for p in ready[4:]))
+        grads = hand_out(ctx, inputs[:4], sweep.needs, g, ready, again, value)
+        return (None, *grads, *(g * p for p in own))

@@ -141,14 +141,12 @@ class Gradients(NamedTuple):
 RowFunction = Callable[[list[Tensor], "slice | Tensor"], tuple[Tensor, list["Tensor | None"]]]
 
 
-def keeps_exponentials(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the exponentials of a chunk are all that its gradient needs of its logits.
+def may_be_rounded(names: Sequence[str]) -> bool:
+    """Whether a chunk of these statistics may be kept in bfloat16, as exponentials or as logits.
 
-    As ``exponentials_suffice`` in csrc/cpu/linear.cpp.
+    As ``logits_may_be_rounded`` in csrc/cpu/linear.cpp.
     """
-    again = ("entropy", "variance", "below_target")  # these take z a second time
-    once = not any(n in again or n.startswith(("lse@", "lse<")) for n in names)
-    return once and not softcap and "lse" in names and {"lse", "target"}.issuperset(wanted)
+    return not any(n == "below_target" or n.startswith("lse<") for n in names)
 
 
 def one_sweep_rows(
@@ -223,7 +221,7 @@ def one_sweep(
         rounds is not None
         and x.dtype == w.dtype == torch.bfloat16
         and rounds(d)
-        and keeps_exponentials(head.softcap, head.names, wanted)
+        and may_be_rounded(head.names)
     )
     dtype = torch.bfloat16 if rounded else acc
     buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=dtype, device=x.device)
@@ -257,8 +255,8 @@ def kept_sweep(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
     """One sweep that ends before its gradients: one chunk of all rows, kept in bfloat16.
 
-    Where that is smaller than a float32 dw, the gradients wait for the upstream factor, and are
-    rounded as they are made. Arguments as of `one_sweep`.
+    The gradients wait for the upstream factor and are rounded as they are made, so that no float32
+    dw is needed. Arguments as of `one_sweep`.
 
     Returns:
         Losses (N,), the chunk, and statistics and coefficients of the rows in it.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from lossops.backends import BACKENDS
+from lossops.backends import BACKENDS, load_cpu_module
 from lossops.reference import accumulate_dtype
 
 DTYPES = {
@@ -72,6 +72,17 @@ def fixed_seed_and_threads() -> None:
     torch.manual_seed(0)
     if torch.get_num_threads() != 2:
         torch.set_num_threads(2)
+
+
+@pytest.fixture
+def rounded_products() -> Iterator[None]:
+    """The C++ backend keeps chunks in bfloat16, on any processor."""
+    module = load_cpu_module()
+    if isinstance(module, str):
+        pytest.skip(module)
+    module.portable_half_products(not module.half_products(2))
+    yield
+    module.portable_half_products(False)
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

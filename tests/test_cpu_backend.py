@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lossops import reference
 from lossops.backends import cpu_module_names
 from lossops.reference import accumulate_dtype
-from lossops.schedules import keeps_exponentials
+from lossops.schedules import may_be_rounded
 from lossops.statistics import STATISTICS, canonical, outputs
 
 MODULES = [n for n in cpu_module_names() if importlib.util.find_spec(n) is not None]
@@ -46,6 +46,15 @@ def cpp(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture
 def best() -> ModuleType:
     return importlib.import_module(MODULES[0])
+
+
+@pytest.fixture
+def half(cpp: ModuleType) -> Iterator[ModuleType]:
+    """A module whose products round to bfloat16, on any processor."""
+    own = cpp.half_products(2)
+    cpp.portable_half_products(not own)
+    yield cpp
+    cpp.portable_half_products(False)
 
 
 class Case:
@@ -202,10 +211,22 @@ MAPS = [
 def test_everything_at_once(
     cpp: ModuleType, dtype: torch.dtype, n: int, d: int, v: int, k: int, tile: int, options: Any
 ) -> None:
-    case = Case(n, d, v, k, dtype, **options)
+    everything_at_once(cpp, Case(n, d, v, k, dtype, **options), tile)
+
+
+@pytest.mark.parametrize("options", MAPS)
+@pytest.mark.parametrize(("n", "d", "v", "k", "tile"), [(7, 34, 131, 1, 64), (5, 8, 37, 3, 16)])
+def test_everything_with_rounded_products(
+    half: ModuleType, n: int, d: int, v: int, k: int, tile: int, options: Any
+) -> None:
+    everything_at_once(half, Case(n, d, v, k, torch.bfloat16, **options), tile)
+
+
+def everything_at_once(cpp: ModuleType, case: Case, tile: int) -> None:
+    """Statistics, two sweeps, and chunks with and without room or a start, against the oracle."""
     exact = case.doubled()
-    floor = FLOOR[dtype]
-    rounded = dtype == torch.bfloat16 and cpp.half_products(d)
+    floor = FLOOR[case.dtype]
+    rounded = case.dtype == torch.bfloat16 and cpp.half_products(case.args[0].shape[1])
     assert_all_no_worse(
         case.statistics(cpp, tile), case.statistics(reference), exact.statistics(reference), floor
     )
@@ -470,7 +491,7 @@ def test_chunks_accumulate(best: ModuleType) -> None:
     torch.testing.assert_close(db, whole["db"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_buffer_of_bfloat16(cpp: ModuleType) -> None:
+def test_a_buffer_of_bfloat16(half: ModuleType) -> None:
     """It holds the bits that the products would round to, so that only db differs."""
     for n, d, v, k, tile, last in (
         (7, 8, 33, 1, 16, 1.0),
@@ -486,12 +507,8 @@ def test_a_buffer_of_bfloat16(cpp: ModuleType) -> None:
             x[0], x[1, 0] = 0.0, torch.inf
             case.args[2][v // 2] = -torch.inf
         room = 3 + (v + 3) % 2
-        if not cpp.half_products(d):
-            with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products that"):
-                case.chunk(cpp, tile, padding=room, dtype=torch.bfloat16)
-            continue
-        rounded = case.chunk(cpp, tile, padding=room, dtype=torch.bfloat16)
-        for name, whole in case.chunk(cpp, tile, padding=room).items():
+        rounded = case.chunk(half, tile, padding=room, dtype=torch.bfloat16)
+        for name, whole in case.chunk(half, tile, padding=room).items():
             if name == "db":
                 torch.testing.assert_close(
                     rounded[name], whole, rtol=0, atol=2.0**-8 * n, equal_nan=True
@@ -499,23 +516,111 @@ def test_a_buffer_of_bfloat16(cpp: ModuleType) -> None:
             else:
                 torch.testing.assert_close(rounded[name], whole, rtol=0, atol=0, equal_nan=True)
         with pytest.raises(RuntimeError, match="and room for 3 more values a row"):
-            case.chunk(cpp, tile, padding=1 + v % 2, dtype=torch.bfloat16)
+            case.chunk(half, tile, padding=1 + v % 2, dtype=torch.bfloat16)
+
+
+# A maximum that comes last, one that rises from tile to tile, an offset in common, absent classes;
+# multiples of 1/4, which bfloat16 has.
+ROWS = {
+    "random": lambda g: torch.randn(48, generator=g) * 3,
+    "last": lambda g: torch.cat([torch.randn(47, generator=g), torch.tensor([20.0])]),
+    "rising": lambda g: torch.arange(48.0) / 4 + torch.randn(48, generator=g),
+    "offset": lambda g: torch.randn(48, generator=g) * 2 + 50,
+    "absent": lambda g: torch.where(torch.rand(48, generator=g) < 0.8, -torch.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("tile", [8, 13, 64])
+@pytest.mark.parametrize("row", ROWS)
+def test_the_error_of_logits_in_bfloat16(half: ModuleType, row: str, tile: int) -> None:
+    """Of q = softmax(z), and of a term linear in z: w is the identity, so that dx is dz; a scale
+    gives z more digits than bfloat16 has.
+    """
+    random = torch.Generator().manual_seed(3)
+    absent = row == "absent"
+    names = ("lse",) if absent else ("lse", "sumsq", "sum")
+    case = Case(6, 48, 48, 0, torch.bfloat16, names=names)
+    rows = (torch.stack([ROWS[row](random) for _ in range(6)]) * 4).round() / 4
+    x = torch.randn(6, 48, generator=random).bfloat16() if absent else rows.bfloat16()
+    b = rows[0].bfloat16() if absent else None
+    case.args = (x, torch.eye(48).bfloat16(), b, torch.tensor(1.37), 0.0, None, None, None)
+    if not absent:
+        assert torch.equal(x.float(), rows)
+    exact = case.doubled()
+    z = reference.linear_logits(*exact.args[:5])
+    given = dict(zip(case.outs, case.coefficients, strict=True))
+    # Each tile may move the origin once, to where no later logit is more than 1 above it.
+    top = z.amax(1, keepdim=True)
+    off = (top - z + 1) * 2.0**-8 * -(-48 // tile)
+    slope = z.softmax(1) * given["lse"].abs().unsqueeze(1)
+    if not absent:
+        slope = slope + 2 * given["moment"].abs().unsqueeze(1)
+    dz = exact.chunk(reference)["dx"]
+    limit = (slope * off.exp() * off).nan_to_num(0.0) + 2.0**-8 * dz.abs() + 1e-6
+    found = case.chunk(half, tile, padding=4, dtype=torch.bfloat16)["dx"]
+    assert ((found - dz).abs() <= limit).all()
+
+
+KEPT = [n for n in (*STATISTICS, "lse@2", "lse@0.5") if may_be_rounded((n,)) and n != "target"]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("name", KEPT)
+def test_each_term_of_logits_in_bfloat16(half: ModuleType, name: str, softcap: float) -> None:
+    """Statistics are those of logits that were not rounded; no term of the gradient is missing."""
+    names = ("target", name) if name == "lse" else ("target", "lse", name)
+    for n, v, tile in ((6, 41, 16), (5, 96, 2048)):
+        case = Case(n, 8, v, 2, torch.bfloat16, names=names, softcap=softcap, bias=True, scale=1.3)
+        room = 4 + v % 2
+        whole = case.chunk(half, tile, padding=room)
+        found = case.chunk(half, tile, padding=room, dtype=torch.bfloat16)
+        for key in case.outs:
+            torch.testing.assert_close(found[key], whole[key], rtol=1e-6, atol=1e-6)
+        exact = case.doubled().chunk(reference)
+        for key in ("dx", "dw", "db"):
+            atol = 0.02 * float(exact[key].abs().max())
+            torch.testing.assert_close(found[key].double(), exact[key], rtol=0, atol=atol, msg=key)
+        added = case.chunk(half, tile, padding=room, dtype=torch.bfloat16, start=0.5)
+        for key in ("dw", "db"):
+            torch.testing.assert_close(added[key], found[key] + 0.5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("lse", "sum"), ("lse", "entropy"), ("softplus",)])
+def test_logits_in_bfloat16_that_are_no_numbers(half: ModuleType, names: Sequence[str]) -> None:
+    """Rows with infinities and NaN in any tile are what they are with a buffer of float32."""
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        for column in (0, 20, 39):
+            case = Case(4, 6, 40, 1, torch.bfloat16, names=("target", *names), bias=True)
+            case.args[2][column] = bad
+            case.args[5][:, 0] = torch.tensor([5, 20, -1, column])
+            whole = case.chunk(half, 16, padding=4)
+            rounded = case.chunk(half, 16, padding=4, dtype=torch.bfloat16)
+            for key, value in whole.items():
+                if key in ("dx", "dw", "db"):
+                    finite = value.nan_to_num(0, 0, 0).abs()
+                    atol = 0.02 * float(finite.max())
+                else:
+                    atol = 0.0
+                torch.testing.assert_close(
+                    rounded[key], value, rtol=0, atol=atol, equal_nan=True, msg=f"{key}, {bad}"
+                )
+
+
+def test_products_that_do_not_round(cpp: ModuleType) -> None:
+    case = Case(3, 5, 20, 1, torch.bfloat16, names=PLAIN)  # an odd depth
+    with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products that"):
+        case.chunk(cpp, 8, padding=4, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [*STATISTICS, "lse@2", "lse<0.3"])
-@pytest.mark.parametrize("collected", [False, True], ids=["wanted", "collected"])
-def test_who_keeps_exponentials(best: ModuleType, name: str, collected: bool) -> None:
+def test_who_may_be_rounded(half: ModuleType, name: str) -> None:
     """The rule that plans a chunk is the one that the kernels hold it to."""
     case = Case(3, 4, 20, 1, torch.bfloat16, names=canonical((*PLAIN, name)))
-    if collected:
-        kinds = zip(case.coefficients, case.outs, strict=True)
-        case.coefficients = [c if o in ("target", "lse") else None for c, o in kinds]
-    wanted = [o for o, c in zip(case.outs, case.coefficients, strict=True) if c is not None]
-    if best.half_products(4) and keeps_exponentials(0.0, case.names, wanted):
-        case.chunk(best, 8, padding=4, dtype=torch.bfloat16)
+    if may_be_rounded(case.names):
+        case.chunk(half, 8, padding=4, dtype=torch.bfloat16)
     else:
         with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products"):
-            case.chunk(best, 8, padding=4, dtype=torch.bfloat16)
+            case.chunk(half, 8, padding=4, dtype=torch.bfloat16)
 
 
 def test_capabilities_agree() -> None:

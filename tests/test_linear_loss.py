@@ -18,6 +18,7 @@ from lossops import (
     linear_log_prob,
     linear_loss,
     linear_statistics,
+    loss_fn,
 )
 
 N, D, V = 23, 7, 37
@@ -561,6 +562,84 @@ def test_third_derivatives_with_parameters(head, backend):
     )  # fmt: skip
     first = [gradients(loss, wanted, create_graph=True) for loss in (ours, losses.mean())]
     assert_same(*(again(again(each)) for each in first))
+
+
+@pytest.mark.usefixtures("rounded_products")
+@pytest.mark.parametrize("ignored", [0, 3, 9], ids=["none ignored", "some", "all"])
+@pytest.mark.parametrize(
+    "names", [("lse",), ("lse", "sumsq", "max"), ("lse", "lse@2"), ("softplus",), ("below_target",)]
+)
+def test_a_chunk_that_waits_for_backward(names, ignored, monkeypatch):
+    """Where products in bfloat16 keep one chunk: as chunks of 4 rows, any number of times."""
+    random = torch.Generator().manual_seed(1)
+    x, w, b = (torch.randn(*s, generator=random).bfloat16() for s in ((9, 8), (51, 8), (51,)))
+    t, scale = torch.tensor(1.3), torch.tensor(0.7)
+    factor = torch.rand(9, generator=random)
+    y = torch.randint(51, (9,), generator=random)
+    y[:ignored] = -100
+    kept = []
+    sweep = loss_fn.kept_sweep
+    monkeypatch.setattr(loss_fn, "kept_sweep", lambda *a: kept.append(1) or sweep(*a))
+
+    def loss(leaves, options=None):
+        x, w, b, scale, t, factor = leaves
+
+        def own(s, factor):
+            terms = [getattr(s, n) if "@" not in n else s.lse_at(2) for n in names]
+            return factor * (sum(terms) - t * s.target)
+
+        return linear_loss(
+            x, w, y, own, names=names, parameters=(t,), row_inputs={"factor": factor},
+            linear_bias=b, logit_scale=scale, options=options,
+        )  # fmt: skip
+
+    waits = "below_target" not in names
+    for frozen in ((), (0, 4), (1, 5), (0, 1, 2, 3)):
+        leaves = [
+            v.clone().requires_grad_(i not in frozen)
+            for i, v in enumerate((x, w, b, scale, t, factor))
+        ]
+        wanted = [v for v in leaves if v.requires_grad]
+        ours, theirs = loss(leaves), loss(leaves, LinearLossOptions(chunk_rows=4))
+        torch.testing.assert_close(ours, theirs)
+        expected = gradients(3.1 * theirs, wanted)
+        for _ in range(2):  # the chunk is not used up
+            for v, mine, other in zip(
+                wanted, gradients(3.1 * ours, wanted, retain_graph=True), expected, strict=True
+            ):
+                assert mine.dtype == v.dtype
+                floor = 2.0**-7 if v.dtype == torch.bfloat16 or v is leaves[3] else 2.0**-20
+                size = 1 + float(other.double().abs().max())
+                torch.testing.assert_close(mine, other, rtol=0, atol=floor * size)
+    assert len(kept) == (4 if waits else 0)
+    leaves = [v.clone().requires_grad_() for v in (x, w, b, scale, t, factor)]
+    again = loss(leaves)
+    again.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        again.backward()
+    second = loss(leaves)
+    first = gradients(second, leaves, create_graph=True)
+    found = gradients(sum(g.float().square().sum() for g in first), leaves)
+    assert all(g.isfinite().all() for g in found)
+    assert bool(found[1].any()) == (ignored < 9)
+    changed = loss(leaves)
+    with torch.no_grad():
+        leaves[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.backward()
+
+
+@pytest.mark.usefixtures("rounded_products")
+def test_closures_do_not_wait(head):
+    """What F closes over is found before anything is kept."""
+    t = torch.tensor(0.7, requires_grad=True)
+    x, w = (v.detach()[:, :6].bfloat16().requires_grad_() for v in (head.x, head.w))
+    loss = linear_loss(x, w, head.target, lambda s: -F.logsigmoid(t * s.target_minus_lse))
+    z = x.double() @ w.double().T
+    odds = at(z, head.ids) - negatives(z, head.ids).logsumexp(1)
+    expected = -F.logsigmoid(t.double() * odds)[head.counted].mean()
+    for mine, exact in zip(gradients(loss, (x, w, t)), gradients(expected, (x, w, t)), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=0.02, atol=1e-3)
 
 
 @SCHEDULES

@@ -1,10 +1,14 @@
-// dz of a tile of a row in place of its logits; the formula is that of row.h.
+// dz of a tile of a row from its logits; the formula is that of row.h.
 //
 // Cost: one pass with an exponential, 0.5 ns per logit on one core of a 2.4 GHz AVX2 processor.
 // Verified by tests/test_cpu_backend.py: every term against the reference in float64.
 #pragma once
 
+#include <c10/util/SmallVector.h>
+
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/passes.h"
@@ -64,47 +68,141 @@ inline RowBasis<Vec<S>> broadcast(const RowBasis<S>& r) {
           V(r.c_vector), V(r.c_teacher), V(r.constant),   V(r.slope)};
 }
 
-// dz of the negatives in place of z (1, n); `a` and `t` as in RowBasis, null where not used.
+// Where a pass reads the logits of a tile of one row and puts dz: both in one place,
 template <typename S>
-inline void negatives_gradient(const Chain<S>& chain, int64_t row, S* z, int64_t n, const S* a,
-                               const S* t) {
-  using A = Lane<Vec<S>>;
+struct InPlace {
+  S* z;
+
+  S logit(int64_t j) const { return z[j]; }
+  void add(int64_t j, S value) const { z[j] += value; }
+  void clear(int64_t j) const { z[j] = 0; }
+  // dz = f(z, j, count), `count` values of a vector from j on.
+  template <typename F>
+  LOSSOPS_LANE void map(int64_t n, const F& f) const {
+    for_lanes<S>(n, [&](int64_t j, auto count) LOSSOPS_INLINE_LAMBDA {
+      store(z + j, f(load(z + j, count, S(0)), j, count), count);
+    });
+  }
+};
+
+// or logits rounded relative to an origin, which stay, and dz as the products round it.
+struct FromRounded {
+  const at::BFloat16* z;
+  float origin;
+  at::BFloat16* dz;
+
+  float logit(int64_t j) const { return static_cast<float>(z[j]) + origin; }
+  void add(int64_t j, float value) const { dz[j] = static_cast<float>(dz[j]) + value; }
+  void clear(int64_t j) const { dz[j] = 0; }
+  template <typename F>
+  LOSSOPS_LANE void map(int64_t n, const F& f) const {
+    constexpr int64_t width = Vec<float>::size();
+    constexpr std::integral_constant<int64_t, width> whole;
+    const Vec<float> origins(origin);
+    int64_t j = 0;
+    for (; j + 2 * width <= n; j += 2 * width) {
+      Vec<float> low, high;
+      load_pair(z + j, low, high);
+      store_pair(dz + j, f(low + origins, j, whole), f(high + origins, j + width, whole));
+    }
+    if (j == n) return;
+    float rest[2 * width] = {};
+    widen(z + j, 1, n - j, rest);
+    for (int64_t k = 0; k < n - j; k += width) {
+      f(Vec<float>::loadu(rest + k) + origins, j + k, std::min(width, n - j - k)).store(rest + k);
+    }
+    narrow(rest, 1, n - j, dz + j);
+  }
+};
+
+// What dz takes from one log-sum of a row.
+template <typename L>
+struct LogSumBasis {
+  L temperature, lse, factor, limit;
+  bool filters;
+
+  template <bool kFilters>
+  LOSSOPS_LANE L add_to(const L& dz, const L& z, const L& shift) const {
+    using A = Lane<L>;
+    L q = A::exp(temperature * (z - shift) - lse);
+    if constexpr (kFilters) q = A::select(z > limit, L(0), q);
+    return A::fma(factor, q, dz);
+  }
+};
+
+template <typename S>
+inline LogSumBasis<Vec<S>> broadcast(const LogSumBasis<S>& sum) {
+  using V = Vec<S>;
+  return {V(sum.temperature), V(sum.lse), V(sum.factor), V(sum.limit), sum.filters};
+}
+
+// f(std::integral_constant) of the terms: one that is known for those a loss mostly has, whose loop
+// then holds nothing else, or of all there are.
+template <typename F>
+LOSSOPS_LANE void with_terms(unsigned terms, F&& f) {
+  constexpr unsigned kBoth = kSoftmax | kAverage;  // an average without a coefficient adds 0
+  using Known = std::integer_sequence<unsigned, 0, kBoth, kBoth | kMoment, kBoth | kEntropy,
+                                      kBoth | kLogSums, kLogSums, kSoftplus, kStable>;
+  const unsigned wanted = terms & kSoftmax ? terms | kAverage : terms;
+  const auto try_each = [&]<unsigned... kKnown>(std::integer_sequence<unsigned, kKnown...>) {
+    return ((wanted == kKnown && (f(std::integral_constant<unsigned, kKnown>{}), true)) || ...);
+  };
+  if (!try_each(Known{})) f(terms);
+}
+
+// dz of the negatives of a tile (1, n); `a` and `t` as in RowBasis, null where not used.
+template <typename S, typename Place>
+inline void negatives_gradient(const Chain<S>& chain, int64_t row, const Place& place, int64_t n,
+                               const S* a, const S* t) {
   const Task<S>& task = chain.task;
   const RowBasis<Vec<S>> basis = broadcast(chain.basis(row));
-  const unsigned terms = chain.terms;
-  if (task.cap == 0 && (terms & ~(kSoftmax | kAverage)) == 0 && (terms & kSoftmax)) {
-    for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
-      const Vec<S> v = load(z + i, count, S(0)), none(0);
-      store(z + i, basis.negative(kSoftmax | kAverage, v, none, none), count);
-    });
-    return;
+  c10::SmallVector<LogSumBasis<S>, 2> sums;
+  for (size_t k = 0; k < task.log_sums.size(); ++k) {
+    if (chain.coefficient.log_sums[k] == nullptr) continue;
+    const LogSum<S>& kind = task.log_sums[k];
+    const S lse = chain.statistic.log_sums[k][row];
+    sums.push_back({kind.temperature, lse == -kInf<S> ? S(0) : lse,
+                    kind.temperature * chain.coefficient.log_sums[k][row], kind.limit,
+                    kind.filters()});
   }
-  for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
-    const Vec<S> v = load(z + i, count, S(0));
-    const Vec<S> as = terms & kVector ? load(a + i, count, S(0)) : Vec<S>(0);
-    const Vec<S> ts = terms & kTeacher ? load(t + i, count, S(0)) : Vec<S>(0);
-    Vec<S> dz = basis.negative(terms, v, as, ts);
-    if (terms & kLogSums) {
-      for (size_t k = 0; k < task.log_sums.size(); ++k) {
-        if (chain.coefficient.log_sums[k] == nullptr) continue;
-        const auto [temperature, limit] = task.log_sums[k];
-        const S lse = chain.statistic.log_sums[k][row];
-        const Vec<S> floor(lse == -kInf<S> ? S(0) : lse);
-        Vec<S> q = A::exp(Vec<S>(temperature) * (v - basis.shift) - floor);
-        if (task.log_sums[k].filters()) q = A::select(v > Vec<S>(limit), Vec<S>(0), q);
-        dz = A::fma(Vec<S>(temperature * chain.coefficient.log_sums[k][row]), q, dz);
+  // Straight loops for one log-sum without a limit and no softcap, one for everything else.
+  const bool plain = task.cap == 0 && (sums.empty() || (sums.size() == 1 && !sums[0].filters));
+  if (plain) {
+    bool done = true;
+    with_terms(chain.terms, [&](auto terms) LOSSOPS_INLINE_LAMBDA {
+      if constexpr (std::is_same_v<decltype(terms), unsigned>) {
+        done = false;
+      } else {
+        constexpr unsigned kTerms = terms();
+        const auto sum = broadcast(kTerms & kLogSums ? sums[0] : LogSumBasis<S>());
+        place.map(n, [&](const Vec<S>& z, int64_t, auto) LOSSOPS_INLINE_LAMBDA {
+          const Vec<S> none(0);
+          Vec<S> dz = basis.negative(kTerms, z, none, none);
+          if constexpr (kTerms & kLogSums) dz = sum.template add_to<false>(dz, z, basis.shift);
+          return dz;
+        });
       }
+    });
+    if (done) return;
+  }
+  const unsigned terms = chain.terms;
+  place.map(n, [&](const Vec<S>& z, int64_t j, auto count) LOSSOPS_INLINE_LAMBDA {
+    const Vec<S> as = terms & kVector ? load(a + j, count, S(0)) : Vec<S>(0);
+    const Vec<S> ts = terms & kTeacher ? load(t + j, count, S(0)) : Vec<S>(0);
+    Vec<S> dz = basis.negative(terms, z, as, ts);
+    for (const LogSumBasis<S>& kind : sums) {
+      const auto sum = broadcast(kind);
+      dz = sum.filters ? sum.template add_to<true>(dz, z, basis.shift)
+                       : sum.template add_to<false>(dz, z, basis.shift);
     }
-    if (task.cap != 0) dz = dz * softcap_slope(v, Vec<S>(task.cap));
-    store(z + i, dz, count);
+    return task.cap == 0 ? dz : dz * softcap_slope(z, Vec<S>(task.cap));
   });
 }
 
-// dr in place of the tile z of one row from class `first` on, 0 at the targets. `scratch`: n
-// values.
-template <typename S>
-inline void gradient(const Chain<S>& chain, int64_t row, S* z, int64_t first, int64_t n,
-                     S* scratch) {
+// dr of the tile of one row from class `first` on, 0 at the targets. `scratch`: n values.
+template <typename S, typename Place>
+inline void gradient(const Chain<S>& chain, int64_t row, const Place& place, int64_t first,
+                     int64_t n, S* scratch) {
   const Task<S>& task = chain.task;
   const Fields<S>&c = chain.coefficient, &s = chain.statistic;
   // The extremes are single classes: added after the pass, with the slope their logit had before.
@@ -117,19 +215,19 @@ inline void gradient(const Chain<S>& chain, int64_t row, S* z, int64_t first, in
     if (coefficient == nullptr) return;
     const int64_t at = index[row] - first;
     if (at < 0 || at >= n || index[row] < 0) return;
-    const S slope = task.cap != 0 ? softcap_slope(z[at], task.cap) : S(1);
+    const S slope = task.cap != 0 ? softcap_slope(place.logit(at), task.cap) : S(1);
     extremes[count++] = {at, coefficient[row] * slope};
   };
   note(c.max, s.argmax);
   note(c.runner_up, s.runner_up_index);
   note(c.below_target, s.below_target_index);
   if (chain.terms & kTeacher) task.load_teacher(row, first, n, scratch);
-  negatives_gradient(chain, row, z, n, task.class_vector ? task.class_vector + first : nullptr,
-                     scratch);
-  for (int i = 0; i < count; ++i) z[extremes[i].at] += extremes[i].value;
+  const S* a = task.class_vector ? task.class_vector + first : nullptr;
+  negatives_gradient(chain, row, place, n, a, scratch);
+  for (int i = 0; i < count; ++i) place.add(extremes[i].at, extremes[i].value);
   for (int64_t k = 0; k < task.targets; ++k) {
     const int64_t at = task.target_row(row)[k] - first;
-    if (at >= 0 && at < n) z[at] = 0;
+    if (at >= 0 && at < n) place.clear(at);
   }
 }
 

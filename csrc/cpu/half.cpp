@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <vector>
@@ -109,6 +110,39 @@ Packed pack_transposed(const Tensor& matrix) {
   return packed;
 }
 
+std::atomic<bool> portable{false};
+
+bool multiplies_bfloat16() {
+  static const bool found = [] {
+    const auto capabilities = at::cpu::get_cpu_capabilities();
+    const auto has = [&](const char* name) {
+      const auto at = capabilities.find(name);
+      return at != capabilities.end() && at->second.isBool() && at->second.toBool();
+    };
+    return (has("amx_bf16") && has("amx_tile") && at::cpu::init_amx()) || has("avx512_bf16");
+  }();
+  return found;
+}
+
+// c (m, n) (+)= a (m, k) b, b in a strip: ATen's brgemm, or in plain loops for tests.
+void micro_kernel(int64_t m, int64_t n, int64_t k, const Half* a, int64_t a_stride, const Half* b,
+                  float* c, int64_t c_stride, bool accumulate) {
+  if (!portable) {
+    at::native::cpublas::brgemm(m, n, k, a_stride, kStrip, c_stride, accumulate, a, b, c, true);
+    return;
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = accumulate ? c[i * c_stride + j] : 0.0f;
+      for (int64_t l = 0; l < k; ++l) {
+        sum += static_cast<float>(a[i * a_stride + l]) *
+               static_cast<float>(b[(l / 2 * kStrip + j) * 2 + l % 2]);
+      }
+      c[i * c_stride + j] = sum;
+    }
+  }
+}
+
 // c (M, N) (+)= scale · a (M, K) b; a row of a is readable up to b.k().
 void multiply(Tensor& c, const Half* a, int64_t a_stride, const Packed& b, bool accumulate,
               float scale) {
@@ -122,9 +156,8 @@ void multiply(Tensor& c, const Half* a, int64_t a_stride, const Packed& b, bool 
     const int64_t columns = std::min(kStrip, n - s * kStrip);
     float* to = out + row * stride + s * kStrip;
     for (int64_t k = 0; k < b.k(); k += kDepth) {
-      at::native::cpublas::brgemm(rows, columns, std::min(kDepth, b.k() - k), a_stride, kStrip,
-                                  stride, accumulate || k > 0, a + row * a_stride + k,
-                                  b.block(s, k), to, true);
+      micro_kernel(rows, columns, std::min(kDepth, b.k() - k), a + row * a_stride + k, a_stride,
+                   b.block(s, k), to, stride, accumulate || k > 0);
     }
     if (scale == 1.0f) return;
     for (int64_t i = 0; i < rows; ++i) {
@@ -137,7 +170,7 @@ void multiply(Tensor& c, const Half* a, int64_t a_stride, const Packed& b, bool 
     for (int64_t s = first_strip; s < last_strip; ++s) {
       for (int64_t block = first_block; block < last_block; ++block) part(block, s);
     }
-    at::native::cpublas::brgemm_release(true);  // the tile registers of this thread
+    if (!portable) at::native::cpublas::brgemm_release(true);  // this thread's tile registers
   });
 }
 
@@ -221,16 +254,10 @@ Tensor dense(const Tensor& matrix) {
 
 bool half_products(at::ScalarType x, at::ScalarType w, int64_t d) {
   if (x != at::kBFloat16 || w != at::kBFloat16 || d % 2 != 0 || d == 0) return false;
-  static const bool supported = [] {
-    const auto found = at::cpu::get_cpu_capabilities();
-    const auto has = [&](const char* name) {
-      const auto at = found.find(name);
-      return at != found.end() && at->second.isBool() && at->second.toBool();
-    };
-    return (has("amx_bf16") && has("amx_tile") && at::cpu::init_amx()) || has("avx512_bf16");
-  }();
-  return supported && at::globalContext().userEnabledMkldnn();
+  return portable || (multiplies_bfloat16() && at::globalContext().userEnabledMkldnn());
 }
+
+void portable_half_products(bool on) { portable = on; }
 
 void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale) {
   const Tensor rows = paired(x);

@@ -4,7 +4,7 @@
 // where there are any). Bytes beside the operands: each packs its right-hand matrix once, K N
 // values, and the products with dz round it first, R T values. Row sums are float32 throughout.
 //
-// Verified by tests/test_cpu_backend.py wherever `half_products` is true.
+// Verified by tests/test_cpu_backend.py, on any processor with `portable_half_products`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,6 +15,9 @@ using at::Tensor;
 
 // Whether this processor multiplies x and w of this dtype and D as they are.
 bool half_products(at::ScalarType x, at::ScalarType w, int64_t d);
+
+// For tests: these products in plain loops, so that what is built on them runs on any processor.
+void portable_half_products(bool on);
 
 // z (R, T) = scale · x (R, D) wᵀ, w (T, D)
 void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale);

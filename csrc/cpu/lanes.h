@@ -96,9 +96,12 @@ inline void load_pair(const at::BFloat16* p, Vec<float>& low, Vec<float>& high) 
 inline void load_pair(const at::Half* p, Vec<float>& low, Vec<float>& high) {
   at::vec::load_fp32_from_fp16(p, low, high);
 }
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // a false alarm in gcc 12's headers
 inline void store_pair(at::BFloat16* p, const Vec<float>& low, const Vec<float>& high) {
   at::vec::convert_float_bfloat16(low, high).store(p);
 }
+#pragma GCC diagnostic pop
 inline void store_pair(at::Half* p, const Vec<float>& low, const Vec<float>& high) {
   at::vec::convert_float_half(low, high).store(p);
 }

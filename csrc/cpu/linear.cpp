@@ -14,6 +14,10 @@
 // so that dz is never formed. A row whose later maximum is too far above k is rescaled in place. A
 // buffer of bfloat16 holds E as the products round it: half the bytes, and no pass that rounds.
 //
+// Where it cannot hold E, a buffer of bfloat16 holds z - o, o_i near the row's largest negative: a
+// logit is off by (o - z) / 256 at most, and a softmax of q by q (1 + ln(1 / q)) / 256, where o was
+// not moved; each time it was rounds once more. Statistics are those of z before it was rounded.
+//
 // Verified by tests/test_cpu_backend.py, with small tiles so that every boundary is crossed.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/ones.h>
@@ -44,47 +48,62 @@ bool exponentials_suffice(double softcap, const Names& names, const Names& wante
   return true;
 }
 
-// Where in a row of a buffer the sum of its exponentials lies, in bytes: behind them.
+// Whether bfloat16 may hold the logits of a call: of a second look at them and of a step at a limit
+// it would change the result by more than a rounding.
+bool logits_may_be_rounded(const Names& names) {
+  return std::none_of(names.begin(), names.end(), [](const std::string& name) {
+    return name == "below_target" || name.starts_with("lse<");
+  });
+}
+
+// Where in a row of a buffer the sum of its exponentials lies, or the origin of its logits, in
+// bytes: behind them.
 template <typename S>
-int64_t place_of_sum(const Tensor& buffer) {
+int64_t place_of_own(const Tensor& buffer) {
   const int64_t bytes = buffer.size(1) * buffer.element_size(), size = sizeof(S);
   return (bytes + size - 1) / size * size;
 }
 
 template <typename S>
-S& sum_of_row(const Tensor& buffer, int64_t row) {
+S& own_of_row(const Tensor& buffer, int64_t row) {
   auto* data = static_cast<char*>(buffer.data_ptr());
   const int64_t bytes = row * buffer.stride(0) * buffer.element_size();
-  return *reinterpret_cast<S*>(data + bytes + place_of_sum<S>(buffer));
+  return *reinterpret_cast<S*>(data + bytes + place_of_own<S>(buffer));
 }
 
-// Whether the buffer of such a call holds exponentials: where there is room for their sums.
+// Whether there is such a place in every row.
 template <typename S>
-bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
-  if (!exponentials_suffice(head.softcap, head.names, wanted)) return false;
+bool has_room(const Tensor& buffer) {
   const int64_t rows = buffer.size(0), stride = buffer.stride(0) * buffer.element_size();
-  const int64_t end = place_of_sum<S>(buffer) + sizeof(S);
+  const int64_t end = place_of_own<S>(buffer) + sizeof(S);
   if (rows == 0 || stride < end || stride % sizeof(S) != 0) return false;
   const int64_t last = buffer.storage_offset() * buffer.element_size() + (rows - 1) * stride;
   return last + end <= static_cast<int64_t>(buffer.storage().nbytes());
 }
 
+// Whether the buffer of such a call holds exponentials.
 template <typename S>
-void check_chunk(const Head& head, const Names& wanted, const Tensor& buffer) {
+bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
+  return exponentials_suffice(head.softcap, head.names, wanted) && has_room<S>(buffer);
+}
+
+template <typename S>
+void check_chunk(const Head& head, const Tensor& buffer) {
   const bool rounded = buffer.scalar_type() != kDtype<S>;
   check_buffer(buffer, head.x, head.w, rounded ? at::kBFloat16 : kDtype<S>);
   TORCH_CHECK(!rounded || (operand_dtype(head.x, head.w) == at::kBFloat16 &&
-                           exponentials_suffice(head.softcap, head.names, wanted) &&
-                           (buffer.size(0) == 0 || keeps_exponentials<S>(head, wanted, buffer))),
-              "a buffer of bfloat16 needs products that round to it, no more wanted than the "
-              "targets and lse, and room for 3 more values a row, got a row stride of ",
-              buffer.stride(0), " for ", buffer.size(1), " classes");
+                           logits_may_be_rounded(head.names) &&
+                           (buffer.size(0) == 0 || has_room<S>(buffer))),
+              "a buffer of bfloat16 needs products that round to it, neither 'below_target' nor "
+              "'lse<t' among the names, and room for 3 more values a row, got a row stride of ",
+              buffer.stride(0), " for ", buffer.size(1), " classes and names ",
+              c10::Join(", ", head.names));
 }
 
 template <typename S>
 Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor& buffer,
                             int64_t tile) {
-  check_chunk<S>(head, wanted, buffer);
+  check_chunk<S>(head, buffer);
   const Task<S> task = task_of<S>(head);
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
@@ -105,8 +124,8 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   };
   sweep(task, x, w, operands.scale_of_z(), tile, block, z_tile, out, keep, states, kNothing,
         !rounded);
-  for (int64_t i = 0; keep.on && i < task.rows; ++i) {
-    sum_of_row<S>(buffer, i) = static_cast<S>(states[i].softmax.sum);
+  for (int64_t i = 0; (keep.on || rounded) && i < task.rows; ++i) {
+    own_of_row<S>(buffer, i) = keep.on ? static_cast<S>(states[i].softmax.sum) : states[i].origin;
   }
   return tensors;
 }
@@ -122,7 +141,7 @@ Tensor row_factors(const Chain<S>& chain, const Tensor& buffer) {
     if (lse == -kInf<S>) {
       f[i] = c * 0;
     } else if (std::isfinite(lse)) {
-      f[i] = c / sum_of_row<S>(buffer, i);
+      f[i] = c / own_of_row<S>(buffer, i);
     } else {
       f[i] = std::numeric_limits<S>::quiet_NaN();
     }
@@ -152,7 +171,8 @@ void chunk_products(const Head& head, const Chain<S>& chain, const Tensor& buffe
     const Tensor z = buffer.narrow(1, first, n), dz = prepare(z, first, n);
     if (by_row) dx_tile(by_row.rows(), dz, w(first, n), first > 0);
     by_class.begin(first, n);
-    by_class.add(dz, z, x, factors.defined() ? factors.template const_data_ptr<S>() : nullptr);
+    const Tensor& exact = z.scalar_type() == kDtype<S> ? z : dz;
+    by_class.add(dz, exact, x, factors.defined() ? factors.template const_data_ptr<S>() : nullptr);
     by_class.end();
   });
   if (by_row && factors.defined()) by_row.rows().mul_(factors.unsqueeze(1));
@@ -170,7 +190,7 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
                        const MaybeTensors& statistics, const MaybeTensors& coefficients,
                        const MaybeTensor& dx, const MaybeTensor& dw, const MaybeTensor& db,
                        bool accumulate, int64_t tile) {
-  check_chunk<S>(head, wanted, buffer);
+  check_chunk<S>(head, buffer);
   check_gradients(head, dx, dw, db, kDtype<S>);
   if (trivial(head, dx, dw, db, accumulate)) return;
   const Task<S> task = task_of<S>(head);
@@ -186,10 +206,18 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
   chunk_products(head, chain, buffer, factors, by_row, dw, db, accumulate, tile,
                  [&](const Tensor& z, int64_t first, int64_t n) {
                    if (kept) return z;
-                   each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
-                     gradient(chain, i, zi, first, n, scratch);
-                     rounded.put(i, zi, n);
-                   });
+                   if (z.scalar_type() == kDtype<S>) {
+                     each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
+                       gradient(chain, i, InPlace<S>{zi}, first, n, scratch);
+                       rounded.put(i, zi, n);
+                     });
+                   } else if constexpr (std::is_same_v<S, float>) {
+                     each_row<at::BFloat16, S>(
+                         z, [&](int64_t i, const at::BFloat16* zi, S* scratch) {
+                           const FromRounded place{zi, own_of_row<S>(buffer, i), rounded.row(i)};
+                           gradient(chain, i, place, first, n, scratch);
+                         });
+                   }
                    return rounded(z);
                  });
   if (!by_row) return;
@@ -209,8 +237,9 @@ Tensor chunk_negatives_of(const Head& head, const Names& wanted, const Tensor& b
   check_kept(chain, kept);
   if (kept) return row_factors(chain, buffer);
   each_part(task.classes, tile, [&](int64_t first, int64_t n) {
-    each_row<S>(buffer.narrow(1, first, n),
-                [&](int64_t i, S* z, S* scratch) { gradient(chain, i, z, first, n, scratch); });
+    each_row<S>(buffer.narrow(1, first, n), [&](int64_t i, S* z, S* scratch) {
+      gradient(chain, i, InPlace<S>{z}, first, n, scratch);
+    });
   });
   return at::ones({task.rows}, buffer.options());
 }
@@ -239,7 +268,7 @@ void negatives_of(const Head& head, const MaybeTensors& statistics,
       each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
         const int64_t at = first + column;
         map_logits(zi, columns, task.bias ? task.bias + at : nullptr, task.cap);
-        gradient(chain, row + i, zi, at, columns, scratch);
+        gradient(chain, row + i, InPlace<S>{zi}, at, columns, scratch);
       });
     });
   });
@@ -273,7 +302,7 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
 
   sweep_gradient(head, chain, dx, dw, db, tile,
                  [&](int64_t row, S* z, int64_t first, int64_t n, S* scratch) {
-                   gradient(chain, row, z, first, n, scratch);
+                   gradient(chain, row, InPlace<S>{z}, first, n, scratch);
                  });
 }
 

@@ -71,7 +71,7 @@ void logits_gradient_of(const Tensor& z, const MaybeTensor& target, const MaybeT
   each_tile(
       task, Operand(z),
       [&](int64_t row, S* tile, int64_t first, int64_t n, S* scratch) {
-        gradient(chain, row, tile, first, n, scratch);
+        gradient(chain, row, InPlace<S>{tile}, first, n, scratch);
         for (int64_t k = 0; k < task.targets; ++k) {
           const int64_t at = task.target_row(row)[k] - first;
           if (at >= 0 && at < n) tile[at] = target_gradient(chain, row, k);

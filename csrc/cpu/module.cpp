@@ -97,6 +97,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "half_products", [](int64_t d) { return half_products(at::kBFloat16, at::kBFloat16, d); },
       arg("d"));
+  m.def("portable_half_products", portable_half_products, arg("on"));
 
   m.attr("torch_version") = LOSSOPS_TORCH_VERSION;
   std::string capability = LOSSOPS_STRING(CPU_CAPABILITY);

@@ -275,6 +275,25 @@ inline void multiply(S* z, int64_t n, S factor) {
   });
 }
 
+// to = z - by, rounded.
+template <typename S>
+inline void keep_differences(const S* z, int64_t n, S by, at::BFloat16* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<S, float>) {
+    constexpr int64_t width = Vec<float>::size();
+    const Vec<float> bys(by);
+    for (; i + 2 * width <= n; i += 2 * width) {
+      store_pair(to + i, Vec<float>::loadu(z + i) - bys, Vec<float>::loadu(z + i + width) - bys);
+    }
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(z[i] - by);
+}
+
+// Of rounded values, which round once more.
+inline void add(at::BFloat16* z, int64_t n, float by) {
+  for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(z[i]) + by;
+}
+
 // Of rounded values; a power of two rounds nothing.
 inline void multiply(at::BFloat16* z, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) z[i] = static_cast<float>(z[i]) * factor;

@@ -19,8 +19,12 @@ namespace lossops {
 template <typename S>
 constexpr double kHeadroom = std::is_same_v<S, float> ? 40 : 0;
 
+// How far a row's largest negative may lie above the origin of kept logits: what a logit is rounded
+// by grows with its distance from the origin.
+constexpr double kOriginHeadroom = 1;
+
 // Whether and where a sweep keeps the exponentials of its rows: in place of their logits, or
-// rounded in a matrix of its own.
+// rounded in a matrix of its own, which keeps the logits where they are not `on`.
 struct Kept {
   bool on = false;
   at::BFloat16* rounded = nullptr;  // (R, V), or null
@@ -37,6 +41,8 @@ struct RowState {
   bool seen = false;  // a finite negative: `shift` or `offset` is set
   double shift = 0;   // what the sums are relative to: the maximum, or the offset's logit
   Offset offset;      // that of exponentials which are kept
+  bool placed = false;
+  S origin = 0;  // what logits which are kept are relative to, once placed
   S first_target = -kInf<S>;
   S below = -kInf<S>;  // the largest negative below it so far
   SoftmaxSums softmax;
@@ -124,7 +130,7 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Ke
   if (state.seen) {
     const double by = shift - state.shift;
     const S factor = static_cast<S>(std::exp(-by));
-    if (keep.rounded != nullptr) {
+    if (keep.on && keep.rounded != nullptr) {
       multiply(keep.row(row), before, static_cast<float>(factor));
     } else if (keep.on) {
       multiply(z - before, before, factor);
@@ -138,6 +144,21 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Ke
   state.seen = true;
   state.shift = shift;
   state.offset = offset;
+}
+
+// Rounds the tile z of a row to its place, relative to an origin: its first finite maximum, moved
+// up with what is there where a later one is too far above. Sums that read z itself keep it at 0.
+template <typename S>
+inline void keep_logits(const Fields<S>& out, RowState<S>& state, const Kept& keep, int64_t row,
+                        const S* z, int64_t first, int64_t n) {
+  const bool relative = out.lse != nullptr || !state.log_sums.empty();
+  if (relative && std::isfinite(state.top) &&
+      (!state.placed || state.top - state.origin > kOriginHeadroom)) {
+    if (state.placed) add(keep.row(row), first, static_cast<float>(state.origin - state.top));
+    state.placed = true;
+    state.origin = state.top;
+  }
+  keep_differences(z, n, state.origin, keep.row(row) + first);
 }
 
 // Adds the tile of one row that starts at class `first` to the row's state. The tile is used up: it
@@ -158,6 +179,7 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   merge_extremes(state, out, z, first, n, top, second);
   if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
   if (out.stable_sum != nullptr) state.stable += stable_total(z, n);
+  if (keep.rounded != nullptr && !keep.on) keep_logits(out, state, keep, row, z, first, n);
   if (!(state.top < kInf<S>)) return;  // +inf or NaN: finish() poisons the row
   raise_shift(task, state, top, keep, row, z, first);
   if (keep.on) {

@@ -52,11 +52,11 @@ Tensor logits_scratch(const Task<S>& task, int64_t block, int64_t tile, const Te
   return at::empty({std::min(task.rows, block), stride}, like.options().dtype(kDtype<S>));
 }
 
-// pass(row, z, scratch) for each row of the tile z (rows, n); scratch (n,) is the thread's.
-template <typename S, typename F>
+// pass(row, z, scratch) for each row of the tile z (rows, n) of T; scratch (n,) is the thread's.
+template <typename T, typename S = T, typename F>
 void each_row(const Tensor& z, F&& pass) {
   const int64_t n = z.size(1), stride = z.stride(0);
-  S* data = z.template data_ptr<S>();
+  T* data = z.template data_ptr<T>();
   at::parallel_for(0, z.size(0), row_grain(n), [&](int64_t begin, int64_t end) {
     std::vector<S> scratch(n);
     for (int64_t row = begin; row < end; ++row) pass(row, data + row * stride, scratch.data());
@@ -74,8 +74,9 @@ class RoundedTile {
   }
   // Row i of dz (1, n), once it is done.
   void put(int64_t i, const S* dz, int64_t n) {
-    if (rows_.defined()) narrow(dz, 1, n, rows_.template data_ptr<at::BFloat16>() + i * stride_);
+    if (rows_.defined()) narrow(dz, 1, n, row(i));
   }
+  at::BFloat16* row(int64_t i) { return rows_.template data_ptr<at::BFloat16>() + i * stride_; }
   // What the products take: the rows that were put, or dz (R, n) as it is.
   Tensor operator()(const Tensor& dz) const {
     return rows_.defined() ? rows_.narrow(0, 0, dz.size(0)).narrow(1, 0, dz.size(1)) : dz;

@@ -92,8 +92,7 @@ def schedule(problem: Problem, inputs: Tensors, *, backend: str) -> str:
     if problem.mode == "forward":
         return ""
     head = head_inputs(inputs["input"], inputs["linear_weight"], None, None, None)
-    names = ("lse", "target")
-    plan = (head, LinearLossOptions(), names, names, backend)
+    plan = (head, LinearLossOptions(), ("lse", "target"), backend)
     rows = head.x.shape[0] if keeps_one_chunk(*plan) else planned_rows(*plan)
     return "two_sweeps" if rows is None else f"one_sweep R={rows}"
 
