@@ -146,7 +146,7 @@ def may_be_rounded(names: Sequence[str]) -> bool:
 
     As ``logits_may_be_rounded`` in csrc/cpu/linear.cpp.
     """
-    return not any(n == "below_target" or n.startswith("lse<") for n in names)
+    return not any(n.startswith("lse<") for n in names)
 
 
 def one_sweep_rows(

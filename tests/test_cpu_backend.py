@@ -606,6 +606,47 @@ def test_logits_in_bfloat16_that_are_no_numbers(half: ModuleType, names: Sequenc
                 )
 
 
+@pytest.mark.parametrize("tile", [16, 2048])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_ties_with_a_target_that_is_looked_up_first(
+    half: ModuleType, softcap: float, tile: int
+) -> None:
+    """Classes equal to the target's, before its tile and behind it, are none below it."""
+    case = Case(70, 34, 51, 2, torch.bfloat16, names=("target", "below_target"), softcap=softcap,
+                bias=True, scale=0.7)  # fmt: skip
+    x, w, b, _, _, target, *_ = case.args
+    w[::5], b[::5] = w[20].clone(), b[20].clone()
+    target[::2, 0] = 20
+    target[:, 1] = -1
+    for bad in (None, torch.nan):  # a target that is no number takes a second look at all rows
+        if bad is not None:
+            x[3, 0] = bad
+        z = half_logits(half, case)
+        for found in (
+            case.statistics(half, tile),
+            case.chunk(half, tile),
+            case.chunk(half, tile, padding=5, dtype=torch.bfloat16),
+        ):
+            at = torch.arange(70)
+            own = target[:, 0]
+            limit = torch.where(own < 0, -torch.inf, z[at, own.clamp_min(0)])
+            below = z.masked_fill(~(z < limit.unsqueeze(1)), -torch.inf)
+            top, index = below.max(1)
+            index = torch.where(top == -torch.inf, -1, index)
+            shift = z.scatter(1, own.clamp_min(0).unsqueeze(1), -torch.inf).amax(1)
+            rows = at[(own >= 0) & (at != 3)]
+            assert torch.equal(found["below_target_index"][rows], index[rows])
+            torch.testing.assert_close(found["below_target"][rows], (top - shift)[rows])
+
+
+def half_logits(half: ModuleType, case: Case) -> Tensor:
+    """The module's own logits (N, V), to their last bits: what a chunk of float32 holds."""
+    x, w = case.args[:2]
+    buffer = torch.empty(x.shape[0], w.shape[0])
+    half.linear_chunk_statistics(*case.args[:5], None, None, None, ("max",), ["max"], buffer)
+    return buffer
+
+
 def test_products_that_do_not_round(cpp: ModuleType) -> None:
     case = Case(3, 5, 20, 1, torch.bfloat16, names=PLAIN)  # an odd depth
     with pytest.raises(RuntimeError, match="a buffer of bfloat16 needs products that"):

@@ -7,6 +7,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 
 #include <algorithm>
 #include <atomic>
@@ -263,6 +264,18 @@ void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale) {
   const Tensor rows = paired(x);
   const Packed packed = pack_transposed(paired(w));
   multiply(z, rows.const_data_ptr<Half>(), rows.stride(0), packed, false, scale);
+}
+
+void half_row_logits(Tensor& z, const Tensor& x, const Tensor& w, const Tensor& ids, float scale) {
+  const Tensor rows = paired(x);
+  const int64_t stride = rows.stride(0);
+  for (int64_t first = 0; first < x.size(0); first += kStrip) {
+    const int64_t n = std::min(kStrip, x.size(0) - first);
+    const Packed packed = pack_transposed(w.index_select(0, ids.narrow(0, first, n)));
+    Tensor block = at::empty({n, n}, z.options());
+    multiply(block, rows.const_data_ptr<Half>() + first * stride, stride, packed, false, scale);
+    z.narrow(0, first, n).copy_(block.diagonal());
+  }
 }
 
 void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate) {

@@ -22,6 +22,10 @@ void portable_half_products(bool on);
 // z (R, T) = scale · x (R, D) wᵀ, w (T, D)
 void half_logits(Tensor& z, const Tensor& x, const Tensor& w, float scale);
 
+// z (R,): of each row of x the logit of its own class, ids (R,), with the bits that half_logits
+// gives it: a sum over D has one order, whatever its row and column.
+void half_row_logits(Tensor& z, const Tensor& x, const Tensor& w, const Tensor& ids, float scale);
+
 // dx (R, D) (+)= dz (R, T) w, with dz rounded to bfloat16 where it is not yet
 void half_dx(Tensor& dx, const Tensor& dz, const Tensor& w, bool accumulate);
 

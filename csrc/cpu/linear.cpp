@@ -48,12 +48,11 @@ bool exponentials_suffice(double softcap, const Names& names, const Names& wante
   return true;
 }
 
-// Whether bfloat16 may hold the logits of a call: of a second look at them and of a step at a limit
-// it would change the result by more than a rounding.
+// Whether bfloat16 may hold the logits of a call: at the step of a limit a rounding may change the
+// gradient by more than a rounding.
 bool logits_may_be_rounded(const Names& names) {
-  return std::none_of(names.begin(), names.end(), [](const std::string& name) {
-    return name == "below_target" || name.starts_with("lse<");
-  });
+  return std::none_of(names.begin(), names.end(),
+                      [](const std::string& name) { return name.starts_with("lse<"); });
 }
 
 // Where in a row of a buffer the sum of its exponentials lies, or the origin of its logits, in
@@ -94,8 +93,8 @@ void check_chunk(const Head& head, const Tensor& buffer) {
   TORCH_CHECK(!rounded || (operand_dtype(head.x, head.w) == at::kBFloat16 &&
                            logits_may_be_rounded(head.names) &&
                            (buffer.size(0) == 0 || has_room<S>(buffer))),
-              "a buffer of bfloat16 needs products that round to it, neither 'below_target' nor "
-              "'lse<t' among the names, and room for 3 more values a row, got a row stride of ",
+              "a buffer of bfloat16 needs products that round to it, no 'lse<t' among the names, "
+              "and room for 3 more values a row, got a row stride of ",
               buffer.stride(0), " for ", buffer.size(1), " classes and names ",
               c10::Join(", ", head.names));
 }

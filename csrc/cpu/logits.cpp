@@ -1,8 +1,8 @@
 // The two primitives on logits that exist, of any floating dtype and any strides.
 //
 // A tile of a row is widened into 8 KiB of scratch and goes through the row passes there. Bytes:
-// one read of the logits for the statistics (two with `below_target`), one read and one write for
-// the gradient, which may go into the logits themselves. Verified by tests/test_cpu_backend.py.
+// one read of the logits for the statistics, one read and one write for the gradient, which may go
+// into the logits themselves. Verified by tests/test_cpu_backend.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
@@ -42,20 +42,17 @@ Tensors logits_statistics_of(const Tensor& z, const MaybeTensor& target,
   const Fields<S> out(names, {tensors.begin(), tensors.end()});
   std::vector<RowState<S>> states(task.rows, RowState<S>(task.log_sums.size()));
   const Operand logits(z);
+  for (int64_t row = 0; out.below_target != nullptr && row < task.rows; ++row) {
+    const int64_t y = task.targets == 0 ? -1 : task.target_row(row)[0];
+    states[row].knows_target = true;
+    if (y >= 0 && y < task.classes) logits.load(row, y, 1, &states[row].first_target);
+  }
   each_tile(
       task, logits,
       [&](int64_t row, S* tile, int64_t first, int64_t n, S* scratch) {
         collect(task, out, states[row], row, tile, first, n, Kept(), scratch);
       },
       [&](int64_t row) { finish(task, out, states[row], row); });
-  if (out.below_target != nullptr) {
-    each_tile(
-        task, logits,
-        [&](int64_t row, S* tile, int64_t first, int64_t n, S*) {
-          collect_below(task, out, states[row], row, tile, first, n);
-        },
-        [](int64_t) {});
-  }
   return tensors;
 }
 

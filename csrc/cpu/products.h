@@ -35,6 +35,8 @@ class Rows {
 
   // Rows [first, first + n), n <= block; valid until the next call.
   Tensor operator()(int64_t first, int64_t n);
+  const Tensor& matrix() const { return matrix_; }
+  at::ScalarType dtype() const { return as_is_ ? matrix_.scalar_type() : scratch_.scalar_type(); }
 
  private:
   void convert(Tensor to, int64_t first, int64_t n) const;

@@ -44,7 +44,10 @@ struct RowState {
   bool placed = false;
   S origin = 0;  // what logits which are kept are relative to, once placed
   S first_target = -kInf<S>;
-  S below = -kInf<S>;  // the largest negative below it so far
+  bool knows_target = false;  // before its tile
+  bool mistaken = false;      // and it turned out to be another
+  S below = -kInf<S>;         // the largest negative below the first target so far
+  int64_t below_index = -1;
   SoftmaxSums softmax;
   Moments moments;                            // all classes
   double vector_total = 0, vector_sum = 0;    // Σ a z, Σ a
@@ -90,8 +93,20 @@ inline void take_targets(const Task<S>& task, const Fields<S>& out, RowState<S>&
     const int64_t j = ids[k] - first;
     if (j < 0 || j >= n) continue;
     if (out.target != nullptr) out.target[row * task.targets + k] = z[j];
-    if (k == 0) state.first_target = z[j];
+    if (k == 0) {
+      state.mistaken = state.knows_target && state.first_target != z[j];
+      state.first_target = z[j];
+    }
     z[j] = -kInf<S>;
+  }
+}
+
+// -inf in place of the targets.
+template <typename S>
+inline void drop_targets(const Task<S>& task, int64_t row, S* z, int64_t first, int64_t n) {
+  for (int64_t k = 0; k < task.targets; ++k) {
+    const int64_t j = task.target_row(row)[k] - first;
+    if (j >= 0 && j < n) z[j] = -kInf<S>;
   }
 }
 
@@ -116,6 +131,15 @@ inline void merge_extremes(RowState<S>& state, const Fields<S>& out, const S* z,
   } else if (std::isnan(top)) {
     state.top = top;
   }
+}
+
+// Merges the largest negative below the first target, whose logit is known: z has no targets.
+template <typename S>
+inline void merge_below(RowState<S>& state, const S* z, int64_t first, int64_t n) {
+  const S top = largest_below(z, n, state.first_target);
+  if (!(top > state.below)) return;
+  state.below = top;
+  state.below_index = first + find(z, n, top);
 }
 
 // Moves the shift of a row up to the largest negative of its tile z; with `keep` only where the
@@ -177,6 +201,7 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
     top = largest(z, n);
   }
   merge_extremes(state, out, z, first, n, top, second);
+  if (state.knows_target) merge_below(state, z, first, n);
   if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
   if (out.stable_sum != nullptr) state.stable += stable_total(z, n);
   if (keep.rounded != nullptr && !keep.on) keep_logits(out, state, keep, row, z, first, n);
@@ -203,8 +228,7 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   state.softmax.squares += tile.squares;
 }
 
-// Writes a row's statistics, `below_target` as if there were none, relative to the largest negative
-// m.
+// Writes a row's statistics, relative to the largest negative m.
 template <typename S>
 inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>& state,
                    int64_t row) {
@@ -228,8 +252,8 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
     put(out.log_sums[k], poisoned ? state.top : lse);
   }
   put(out.max, static_cast<double>(state.top) - m);
-  put(out.below_target, -kInf<double>);
-  if (out.below_target_index != nullptr) out.below_target_index[row] = -1;
+  put(out.below_target, static_cast<double>(state.below) - m);
+  if (out.below_target_index != nullptr) out.below_target_index[row] = state.below_index;
   put(out.runner_up, static_cast<double>(state.second) - m);
   if (out.argmax != nullptr) out.argmax[row] = state.top_index;
   if (out.runner_up_index != nullptr) out.runner_up_index[row] = state.second_index;
@@ -244,22 +268,6 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
     S& target = out.target[row * task.targets + k];
     target -= m;
   }
-}
-
-// The largest negative below the first target, from the tiles of a second sweep: the targets'
-// logits are known and the row is finished. The tile holds z, with the targets or with -inf there.
-template <typename S>
-inline void collect_below(const Task<S>& task, const Fields<S>& out, RowState<S>& state,
-                          int64_t row, S* z, int64_t first, int64_t n) {
-  for (int64_t k = 0; k < task.targets; ++k) {
-    const int64_t j = task.target_row(row)[k] - first;
-    if (j >= 0 && j < n) z[j] = -kInf<S>;
-  }
-  const S top = largest_below(z, n, state.first_target);
-  if (!(top > state.below)) return;
-  state.below = top;
-  out.below_target[row] = top - out.shift[row];
-  out.below_target_index[row] = first + find(z, n, top);
 }
 
 }  // namespace lossops

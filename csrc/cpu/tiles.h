@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/columns.h"
+#include "cpu/half.h"
 #include "cpu/primitives.h"
 #include "cpu/products.h"
 #include "cpu/statistics.h"
@@ -171,6 +172,29 @@ Task<S> task_of(const Head& head) {
 // For a sweep with nothing to do after a tile.
 constexpr auto kNothing = [](const auto&, int64_t) {};
 
+// Gives the states the logits of their first targets before these are met, where a product of
+// single rows has the bits that the tiles will have.
+template <typename S>
+bool look_ahead(const Task<S>& task, const Rows& x, const Rows& w, double scale,
+                std::vector<RowState<S>>& states) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (task.targets == 0 || x.dtype() != at::kBFloat16) return false;
+    const Tensor ids = task.target_ids.select(1, 0).clamp(0, task.classes - 1);
+    Tensor z = at::empty({task.rows}, x.matrix().options().dtype(at::kFloat));
+    half_row_logits(z, x.matrix(), w.matrix(), ids, static_cast<float>(scale));
+    auto* logits = z.data_ptr<float>();
+    for (int64_t row = 0; row < task.rows; ++row) {
+      const int64_t y = task.target_row(row)[0];
+      states[row].knows_target = true;
+      if (y < 0 || y >= task.classes) continue;
+      map_logits(logits + row, 1, task.bias ? task.bias + y : nullptr, task.cap);
+      states[row].first_target = logits[row];
+    }
+    return true;
+  }
+  return false;
+}
+
 // Statistics by tiles z_tile(row, rows, class, classes): class tiles outside, so that a tile of w
 // serves all rows; after(z, first) sees each tile when its rows are done. `stored`: z_tile gives
 // memory that holds on to its logits, so that a second look at them needs no product.
@@ -192,26 +216,35 @@ void sweep(const Task<S>& task, Rows& x, Rows& w, double scale, int64_t tile, in
       });
     });
   };
-  const auto statistics = [&](int64_t row, S* z, int64_t first, int64_t n, S* scratch) {
-    collect(task, out, states[row], row, z, first, n, keep, scratch);
-  };
-  each_tile(statistics, after);
-  for (int64_t row = 0; row < task.rows; ++row) finish(task, out, states[row], row);
-  if (out.below_target == nullptr) return;
+  const bool ahead = out.below_target != nullptr && look_ahead(task, x, w, scale, states);
+  each_tile([&](int64_t row, S* z, int64_t first, int64_t n,
+                S* scratch) { collect(task, out, states[row], row, z, first, n, keep, scratch); },
+            after);
+  const auto mistaken = [](const RowState<S>& state) { return state.mistaken; };
+  const bool again = out.below_target != nullptr &&
+                     (!ahead || std::any_of(states.begin(), states.end(), mistaken));
   const auto below = [&](int64_t row, S* z, int64_t first, int64_t n, S*) {
-    collect_below(task, out, states[row], row, z, first, n);
+    drop_targets(task, row, z, first, n);
+    merge_below(states[row], z, first, n);
   };
-  if (!stored) {
-    // The same products again have the same bits, so ties with the target are ties here too.
-    each_tile(below, kNothing);
-    return;
+  if (again) {
+    for (auto& state : states) {
+      state.below = -kInf<S>;
+      state.below_index = -1;
+    }
   }
-  each_part(task.classes, tile, [&](int64_t first, int64_t n) {
-    each_part(task.rows, row_block, [&](int64_t row, int64_t rows) {
-      each_row<S>(z_tile(row, rows, first, n),
-                  [&](int64_t i, S* z, S* scratch) { below(row + i, z, first, n, scratch); });
+  if (again && stored) {
+    each_part(task.classes, tile, [&](int64_t first, int64_t n) {
+      each_part(task.rows, row_block, [&](int64_t row, int64_t rows) {
+        each_row<S>(z_tile(row, rows, first, n),
+                    [&](int64_t i, S* z, S* scratch) { below(row + i, z, first, n, scratch); });
+      });
     });
-  });
+  } else if (again) {
+    // The same products have the same bits, so ties with the target are ties here too.
+    each_tile(below, kNothing);
+  }
+  for (int64_t row = 0; row < task.rows; ++row) finish(task, out, states[row], row);
 }
 
 // Statistics of all rows, no logits kept; after(z, first) as in sweep().
