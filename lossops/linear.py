@@ -512,7 +512,7 @@ def reduced(losses: Tensor, divisor: Tensor, reduction: str, lead: torch.Size) -
 
 
 def rounds_chunks(head: HeadInputs, names: Sequence[str], backend: str) -> bool:
-    """Whether a chunk of logits is kept in bfloat16."""
+    """Whether a chunk of logits is kept in 16 bits."""
     chosen = chosen_backend(backend, head, one_sweep=True)
     return (
         backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])

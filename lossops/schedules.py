@@ -142,11 +142,23 @@ RowFunction = Callable[[list[Tensor], "slice | Tensor"], tuple[Tensor, list["Ten
 
 
 def may_be_rounded(names: Sequence[str]) -> bool:
-    """Whether a chunk of these statistics may be kept in bfloat16, as exponentials or as logits.
+    """Whether a chunk of these statistics may be kept in 16 bits, see `kept_dtype`.
 
     As ``logits_may_be_rounded`` in csrc/cpu/linear.cpp.
     """
     return not any(n.startswith("lse<") for n in names)
+
+
+def kept_dtype(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> torch.dtype:
+    """How such a chunk is kept: exponentials in bfloat16 where they are all that the gradient needs
+    of its logits, else logits relative to their largest in float16.
+
+    As ``exponentials_suffice`` in csrc/cpu/linear.cpp.
+    """
+    again = ("entropy", "variance", "below_target")  # these take z a second time
+    once = not any(n in again or n.startswith(("lse@", "lse<")) for n in names)
+    suffice = once and not softcap and "lse" in names and {"lse", "target"}.issuperset(wanted)
+    return torch.bfloat16 if suffice else torch.float16
 
 
 def one_sweep_rows(
@@ -173,7 +185,7 @@ def one_sweep_rows(
 
 def row_stride(v: int) -> int:
     """Row stride of a chunk: room for one more value, of float32 behind an even number of others of
-    bfloat16, and no power of two.
+    16 bits, and no power of two.
 
     Rows 2^k bytes apart share cache sets: the tile of a chunk then evicts itself.
     """
@@ -223,7 +235,7 @@ def one_sweep(
         and rounds(d)
         and may_be_rounded(head.names)
     )
-    dtype = torch.bfloat16 if rounded else acc
+    dtype = kept_dtype(head.softcap, head.names, wanted) if rounded else acc
     buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=dtype, device=x.device)
     for start, stop in _chunks(counted, chunk_rows):
         rows = slice(start, stop) if index is None else index[start:stop]
@@ -253,7 +265,7 @@ def kept_sweep(
     primitives: Any,
     index: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-    """One sweep that ends before its gradients: one chunk of all rows, kept in bfloat16.
+    """One sweep that ends before its gradients: one chunk of all rows, kept in 16 bits.
 
     The gradients wait for the upstream factor and are rounded as they are made, so that no float32
     dw is needed. Arguments as of `one_sweep`.
@@ -263,7 +275,8 @@ def kept_sweep(
     """
     part = head if index is None else head.rows(index)
     n, v = part.x.shape[0], part.w.shape[0]
-    buffer = part.x.new_empty(n * row_stride(v), dtype=torch.bfloat16)
+    dtype = kept_dtype(head.softcap, head.names, wanted)
+    buffer = part.x.new_empty(n * row_stride(v), dtype=dtype)
     chunk = buffer.as_strided((n, v), (row_stride(v), 1))
     stats = primitives.linear_chunk_statistics(*part, wanted, chunk)
     rows = slice(None) if index is None else index

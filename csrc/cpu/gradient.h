@@ -87,7 +87,7 @@ struct InPlace {
 
 // or logits rounded relative to an origin, which stay, and dz as the products round it.
 struct FromRounded {
-  const at::BFloat16* z;
+  const at::Half* z;
   float origin;
   at::BFloat16* dz;
 

@@ -14,9 +14,10 @@
 // so that dz is never formed. A row whose later maximum is too far above k is rescaled in place. A
 // buffer of bfloat16 holds E as the products round it: half the bytes, and no pass that rounds.
 //
-// Where it cannot hold E, a buffer of bfloat16 holds z - o, o_i near the row's largest negative: a
-// logit is off by (o - z) / 256 at most, and a softmax of q by q (1 + ln(1 / q)) / 256, where o was
-// not moved; each time it was rounds once more. Statistics are those of z before it was rounded.
+// Where E does not suffice, a buffer of float16 may hold z - o, o_i near the row's largest
+// negative: a logit is off by (o - z) / 2048 at most, and a softmax of q by q (1 + ln(1 / q)) /
+// 2048, where o was not moved; each time it was rounds once more. Statistics are those of z before
+// it was rounded.
 //
 // Verified by tests/test_cpu_backend.py, with small tiles so that every boundary is crossed.
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -48,8 +49,8 @@ bool exponentials_suffice(double softcap, const Names& names, const Names& wante
   return true;
 }
 
-// Whether bfloat16 may hold the logits of a call: at the step of a limit a rounding may change the
-// gradient by more than a rounding.
+// Whether the logits of a call may be rounded: at the step of a limit that may change the gradient
+// by more than a rounding.
 bool logits_may_be_rounded(const Names& names) {
   return std::none_of(names.begin(), names.end(),
                       [](const std::string& name) { return name.starts_with("lse<"); });
@@ -83,26 +84,31 @@ bool has_room(const Tensor& buffer) {
 // Whether the buffer of such a call holds exponentials.
 template <typename S>
 bool keeps_exponentials(const Head& head, const Names& wanted, const Tensor& buffer) {
-  return exponentials_suffice(head.softcap, head.names, wanted) && has_room<S>(buffer);
+  return buffer.scalar_type() != at::kHalf &&
+         exponentials_suffice(head.softcap, head.names, wanted) && has_room<S>(buffer);
 }
 
 template <typename S>
-void check_chunk(const Head& head, const Tensor& buffer) {
-  const bool rounded = buffer.scalar_type() != kDtype<S>;
-  check_buffer(buffer, head.x, head.w, rounded ? at::kBFloat16 : kDtype<S>);
-  TORCH_CHECK(!rounded || (operand_dtype(head.x, head.w) == at::kBFloat16 &&
-                           logits_may_be_rounded(head.names) &&
-                           (buffer.size(0) == 0 || has_room<S>(buffer))),
-              "a buffer of bfloat16 needs products that round to it, no 'lse<t' among the names, "
-              "and room for 3 more values a row, got a row stride of ",
-              buffer.stride(0), " for ", buffer.size(1), " classes and names ",
-              c10::Join(", ", head.names));
+void check_chunk(const Head& head, const Names& wanted, const Tensor& buffer) {
+  const auto dtype = buffer.scalar_type();
+  const bool exponentials = dtype == at::kBFloat16, logits = dtype == at::kHalf;
+  check_buffer(buffer, head.x, head.w, exponentials || logits ? dtype : kDtype<S>);
+  if (!exponentials && !logits) return;
+  const bool holds = exponentials ? exponentials_suffice(head.softcap, head.names, wanted)
+                                  : logits_may_be_rounded(head.names);
+  TORCH_CHECK(
+      operand_dtype(head.x, head.w) == at::kBFloat16 && holds &&
+          (buffer.size(0) == 0 || has_room<S>(buffer)),
+      "a buffer of ", dtype, " needs products of bfloat16, ",
+      exponentials ? "no more wanted than the targets and lse" : "no 'lse<t' among the names",
+      ", and room for 3 more values a row, got a row stride of ", buffer.stride(0), " for ",
+      buffer.size(1), " classes and names ", c10::Join(", ", head.names));
 }
 
 template <typename S>
 Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor& buffer,
                             int64_t tile) {
-  check_chunk<S>(head, buffer);
+  check_chunk<S>(head, wanted, buffer);
   const Task<S> task = task_of<S>(head);
   const Tensors tensors =
       allocate_statistics(head.names, task.rows, head.target, head.x.options().dtype(kDtype<S>));
@@ -112,10 +118,11 @@ Tensors chunk_statistics_of(const Head& head, const Names& wanted, const Tensor&
   const Operands operands(head);
   Rows x = operands.x(head, block), w = operands.w(head, tile);
   const bool rounded = buffer.scalar_type() != kDtype<S>;
-  Kept keep{keeps_exponentials<S>(head, wanted, buffer)};
-  if (rounded) {
-    keep.rounded = buffer.template data_ptr<at::BFloat16>();
-    keep.stride = buffer.stride(0);
+  Kept keep{.on = keeps_exponentials<S>(head, wanted, buffer), .stride = buffer.stride(0)};
+  if (buffer.scalar_type() == at::kBFloat16) {
+    keep.exponentials = buffer.template data_ptr<at::BFloat16>();
+  } else if (buffer.scalar_type() == at::kHalf) {
+    keep.logits = buffer.template data_ptr<at::Half>();
   }
   const Tensor logits = rounded ? logits_scratch(task, block, tile, head.x) : buffer;
   const auto z_tile = [&](int64_t, int64_t, int64_t first, int64_t n) {
@@ -189,7 +196,7 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
                        const MaybeTensors& statistics, const MaybeTensors& coefficients,
                        const MaybeTensor& dx, const MaybeTensor& dw, const MaybeTensor& db,
                        bool accumulate, int64_t tile) {
-  check_chunk<S>(head, buffer);
+  check_chunk<S>(head, wanted, buffer);
   check_gradients(head, dx, dw, db, kDtype<S>);
   if (trivial(head, dx, dw, db, accumulate)) return;
   const Task<S> task = task_of<S>(head);
@@ -211,11 +218,10 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
                        rounded.put(i, zi, n);
                      });
                    } else if constexpr (std::is_same_v<S, float>) {
-                     each_row<at::BFloat16, S>(
-                         z, [&](int64_t i, const at::BFloat16* zi, S* scratch) {
-                           const FromRounded place{zi, own_of_row<S>(buffer, i), rounded.row(i)};
-                           gradient(chain, i, place, first, n, scratch);
-                         });
+                     each_row<at::Half, S>(z, [&](int64_t i, const at::Half* zi, S* scratch) {
+                       const FromRounded place{zi, own_of_row<S>(buffer, i), rounded.row(i)};
+                       gradient(chain, i, place, first, n, scratch);
+                     });
                    }
                    return rounded(z);
                  });

@@ -23,14 +23,13 @@ constexpr double kHeadroom = std::is_same_v<S, float> ? 40 : 0;
 // by grows with its distance from the origin.
 constexpr double kOriginHeadroom = 1;
 
-// Whether and where a sweep keeps the exponentials of its rows: in place of their logits, or
-// rounded in a matrix of its own, which keeps the logits where they are not `on`.
+// What a sweep keeps of its rows: with `on` their exponentials, in place of the logits or rounded
+// in a matrix of their own, or their logits rounded.
 struct Kept {
   bool on = false;
-  at::BFloat16* rounded = nullptr;  // (R, V), or null
+  at::BFloat16* exponentials = nullptr;  // (R, V), or null
+  at::Half* logits = nullptr;            // (R, V), or null
   int64_t stride = 0;
-
-  at::BFloat16* row(int64_t i) const { return rounded == nullptr ? nullptr : rounded + i * stride; }
 };
 
 template <typename S>
@@ -154,8 +153,8 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Ke
   if (state.seen) {
     const double by = shift - state.shift;
     const S factor = static_cast<S>(std::exp(-by));
-    if (keep.on && keep.rounded != nullptr) {
-      multiply(keep.row(row), before, static_cast<float>(factor));
+    if (keep.exponentials != nullptr) {
+      multiply(keep.exponentials + row * keep.stride, before, static_cast<float>(factor));
     } else if (keep.on) {
       multiply(z - before, before, factor);
     }
@@ -176,13 +175,14 @@ template <typename S>
 inline void keep_logits(const Fields<S>& out, RowState<S>& state, const Kept& keep, int64_t row,
                         const S* z, int64_t first, int64_t n) {
   const bool relative = out.lse != nullptr || !state.log_sums.empty();
+  at::Half* to = keep.logits + row * keep.stride;
   if (relative && std::isfinite(state.top) &&
       (!state.placed || state.top - state.origin > kOriginHeadroom)) {
-    if (state.placed) add(keep.row(row), first, static_cast<float>(state.origin - state.top));
+    if (state.placed) add(to, first, static_cast<float>(state.origin - state.top));
     state.placed = true;
     state.origin = state.top;
   }
-  keep_differences(z, n, state.origin, keep.row(row) + first);
+  keep_differences(z, n, state.origin, to + first);
 }
 
 // Adds the tile of one row that starts at class `first` to the row's state. The tile is used up: it
@@ -204,12 +204,14 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   if (state.knows_target) merge_below(state, z, first, n);
   if (out.softplus != nullptr) state.softplus += softplus_sum(z, n);
   if (out.stable_sum != nullptr) state.stable += stable_total(z, n);
-  if (keep.rounded != nullptr && !keep.on) keep_logits(out, state, keep, row, z, first, n);
+  if (keep.logits != nullptr) keep_logits(out, state, keep, row, z, first, n);
   if (!(state.top < kInf<S>)) return;  // +inf or NaN: finish() poisons the row
   raise_shift(task, state, top, keep, row, z, first);
   if (keep.on) {
     state.softmax.sum += keep_exponentials(z, n, state.offset);
-    if (keep.rounded != nullptr) narrow(z, 1, n, keep.row(row) + first);
+    if (keep.exponentials != nullptr) {
+      narrow(z, 1, n, keep.exponentials + row * keep.stride + first);
+    }
     return;
   }
   const S shift = static_cast<S>(state.shift);
