@@ -3,8 +3,8 @@
 x, w, b and the target are saved with ``save_for_backward`` and unpacked in every backward, so that
 freed graphs, in-place edits and offload hooks behave as in PyTorch. One sweep has its gradients
 before backward; the first backward scales these buffers in place and hands them out, a later one
-computes them again. Higher derivatives go through `lossops.reference`, at the memory of the full
-logits.
+computes them again. From a chunk that is kept every backward makes its own. Higher derivatives go
+through `lossops.reference`, at the memory of the full logits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lossops.schedules import (
     kept_gradient,
     kept_sweep,
     power_of_two,
+    row_stride,
     without_autocast,
 )
 from lossops.statistics import INDEX_OUTPUTS, outputs
@@ -268,7 +269,7 @@ class KeptCrossEntropy(torch.autograd.Function):
         index, chunk, *rest = saved[12:]
         softcap, names, backend = ctx.static
         head = Head(x, w, b, scale, softcap, target, class_vector, teacher, names)
-        counted = index if len(chunk) < len(x) else None
+        counted = index if chunk.numel() < len(x) * row_stride(len(w)) else None
         needs = ctx.needs_input_grad[:4]
         value = dense_cross_entropy(softcap, names, target, class_vector, teacher, terms)
         wanted = cross_entropy_outputs(names)

@@ -44,7 +44,7 @@ from lossops.reference import accumulate_dtype
 from lossops.schedules import (
     LinearLossOptions,
     chunk_size,
-    may_be_rounded,
+    kept_dtype,
     one_sweep_rows,
     row_stride,
     without_autocast,
@@ -55,6 +55,7 @@ from lossops.statistics import (
     RowStatistics,
     canonical,
     outputs,
+    smooth_outputs,
 )
 
 LossFunction = Callable[..., Tensor]
@@ -517,7 +518,7 @@ def rounds_chunks(head: HeadInputs, names: Sequence[str], backend: str) -> bool:
     return (
         backends.rounds_products(chosen, head.x.dtype, head.x.shape[1])
         and not head.near.on
-        and may_be_rounded(names)
+        and kept_dtype(head.softcap, names, smooth_outputs(names)) is not None
     )
 
 
@@ -534,6 +535,8 @@ def keeps_one_chunk(
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if not any(t is not None and t.requires_grad for t in (head.x, head.w, head.b, head.scale)):
+        return False  # nothing waits
     (n, d), v = head.x.shape, head.w.shape[0]
     spared = 4 * d * v if head.w.requires_grad else 0
     most = min(chunk_size(head.x.device).bytes + spared, options.max_workspace_bytes)

@@ -27,7 +27,9 @@ Value = Callable[..., list[Tensor]]
 
 
 class LossSweep:
-    """One sweep of a user's loss: what its forward, and a second backward, run."""
+    """One sweep of a user's loss: what its forward runs, and a second backward where nothing is
+    kept.
+    """
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class LossSweep:
     ) -> None:
         self.ids, self.names, self.losses, self.near = ids, names, losses, head.near
         self.fixed = (head.softcap, ids, class_vector, teacher, names)
+        self.operands = [t for t in (class_vector, teacher) if t is not None]
         self.rows, self.kept, self.backend, self.parameters = rows, kept, backend, parameters
         self.row_tensors, self.index = row_tensors, index
         self.known = {id(p) for p in parameters}
@@ -214,7 +217,8 @@ class UserLoss(torch.autograd.Function):
         if output[0] is None:
             return
         ctx.count = len(inputs)
-        ctx.save_for_backward(*inputs[1:], *output[1:])
+        # The operands are saved for their versions: an edit before backward is an error.
+        ctx.save_for_backward(*inputs[1:], *output[1:], *ctx.sweep.operands)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -225,7 +229,7 @@ class UserLoss(torch.autograd.Function):
         if g is None:
             return (None,) * count
         saved = ctx.saved_tensors
-        inputs, ready = saved[: count - 1], saved[count - 1 :]
+        inputs, ready = saved[: count - 1], saved[count - 1 : len(saved) - len(sweep.operands)]
 
         def value(
             x: Tensor, w: Tensor, b: Any, scale: Any, by_row: Sequence[Tensor] = sweep.row_tensors

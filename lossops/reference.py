@@ -89,7 +89,7 @@ def linear_chunk_statistics(
 
     ``wanted`` names the outputs that may get a coefficient. What the buffer holds is the
     backend's own business, the logits where there are no ``names``; its dtype is the accumulate
-    dtype, or for the C++ backend bfloat16 where that is all its products take (`schedules`).
+    dtype, or for the C++ backend one of 16 bits, see `schedules.kept_dtype`.
     """
     acc = buffer.dtype
     for c in range(0, w.shape[0], TILE):
@@ -122,7 +122,7 @@ def linear_chunk_gradient(
     db: Tensor | None,
     accumulate: bool,
 ) -> None:
-    """Gradients of a chunk from its buffer, which is destroyed.
+    """Gradients of a chunk from its buffer, which is destroyed where it is in the accumulate dtype.
 
     ``coefficients``: ∂loss/∂statistic (N,) in the order of ``outputs(names)``, None for zero.
     ``dx`` (N, D) is overwritten; ``dw`` (V, D) and ``db`` (V,) are overwritten, or added to when

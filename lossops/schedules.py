@@ -141,24 +141,25 @@ class Gradients(NamedTuple):
 RowFunction = Callable[[list[Tensor], "slice | Tensor"], tuple[Tensor, list["Tensor | None"]]]
 
 
-def may_be_rounded(names: Sequence[str]) -> bool:
-    """Whether a chunk of these statistics may be kept in 16 bits, see `kept_dtype`.
+def kept_dtype(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> torch.dtype | None:
+    """How a chunk is kept in 16 bits: exponentials in bfloat16 where they are all that the gradient
+    needs of its logits, else logits relative to their largest in float16; None where it is not.
 
-    As ``logits_may_be_rounded`` in csrc/cpu/linear.cpp.
+    As ``exponentials_suffice`` and ``logits_may_be_rounded`` in csrc/cpu/linear.cpp.
     """
-    return not any(n.startswith("lse<") for n in names)
-
-
-def kept_dtype(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> torch.dtype:
-    """How such a chunk is kept: exponentials in bfloat16 where they are all that the gradient needs
-    of its logits, else logits relative to their largest in float16.
-
-    As ``exponentials_suffice`` in csrc/cpu/linear.cpp.
-    """
-    again = ("entropy", "variance", "below_target")  # these take z a second time
-    once = not any(n in again or n.startswith(("lse@", "lse<")) for n in names)
-    suffice = once and not softcap and "lse" in names and {"lse", "target"}.issuperset(wanted)
-    return torch.bfloat16 if suffice else torch.float16
+    if softcap or any(n.startswith("lse<") for n in names):
+        return None
+    temperatures = [float(n[4:]) for n in names if n.startswith("lse@")]
+    again = {"entropy", "variance", "below_target"}.intersection(
+        names
+    )  # these take z a second time
+    if "lse" in names and not temperatures and not again and {"lse", "target"}.issuperset(wanted):
+        return torch.bfloat16
+    absolute = {"softplus", "stable_sum"}.intersection(names)
+    relative = temperatures or {"lse", "entropy", "variance", "sumsq"}.intersection(names)
+    if max(temperatures, default=0.0) > 4 or (absolute and relative):
+        return None
+    return torch.float16
 
 
 def one_sweep_rows(
@@ -229,13 +230,8 @@ def one_sweep(
     db = empty(v, dtype=acc, device=x.device) if needs.db else None
     dscale = torch.zeros((), dtype=acc, device=x.device) if needs.dscale else None
     rounds = getattr(primitives, "half_products", None)  # of the C++ backend
-    rounded = (
-        rounds is not None
-        and x.dtype == w.dtype == torch.bfloat16
-        and rounds(d)
-        and may_be_rounded(head.names)
-    )
-    dtype = kept_dtype(head.softcap, head.names, wanted) if rounded else acc
+    rounded = rounds is not None and x.dtype == w.dtype == torch.bfloat16 and rounds(d)
+    dtype = (kept_dtype(head.softcap, head.names, wanted) if rounded else None) or acc
     buffer = torch.empty(min(chunk_rows, counted) * row_stride(v), dtype=dtype, device=x.device)
     for start, stop in _chunks(counted, chunk_rows):
         rows = slice(start, stop) if index is None else index[start:stop]
@@ -271,25 +267,31 @@ def kept_sweep(
     dw is needed. Arguments as of `one_sweep`.
 
     Returns:
-        Losses (N,), the chunk, and statistics and coefficients of the rows in it.
+        Losses (N,), the chunk as it lies in memory, and statistics and coefficients of its rows.
     """
     part = head if index is None else head.rows(index)
     n, v = part.x.shape[0], part.w.shape[0]
     dtype = kept_dtype(head.softcap, head.names, wanted)
+    assert dtype is not None
     buffer = part.x.new_empty(n * row_stride(v), dtype=dtype)
-    chunk = buffer.as_strided((n, v), (row_stride(v), 1))
-    stats = primitives.linear_chunk_statistics(*part, wanted, chunk)
+    stats = primitives.linear_chunk_statistics(*part, wanted, rows_of(buffer, v))
     rows = slice(None) if index is None else index
     found, coefficients = row_function(stats, rows)
     losses = found.new_zeros(head.x.shape[0])
     losses[rows] = found
-    return losses, chunk, stats, coefficients
+    return losses, buffer, stats, coefficients
+
+
+def rows_of(buffer: Tensor, v: int) -> Tensor:
+    """The chunk (n, V) in the memory of `kept_sweep`, which has more behind each row."""
+    stride = row_stride(v)
+    return buffer.as_strided((buffer.numel() // stride, v), (stride, 1))
 
 
 def kept_gradient(
     head: Head,
     wanted: Sequence[str],
-    chunk: Tensor,
+    buffer: Tensor,
     statistics: Sequence[Tensor],
     coefficients: Sequence[Tensor | None],
     needs: Needs,
@@ -304,6 +306,7 @@ def kept_gradient(
     dx = x.new_empty(x.shape, dtype=acc) if needs.dx or needs.dscale else None
     dw = w.new_empty(w.shape, dtype=dtype) if needs.dw else None
     db = w.new_empty(w.shape[0], dtype=dtype) if needs.db else None
+    chunk = rows_of(buffer, w.shape[0])
     primitives.linear_chunk_gradient(
         *part, wanted, chunk, statistics, coefficients, dx, dw, db, False
     )

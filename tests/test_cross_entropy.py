@@ -560,8 +560,8 @@ def test_any_shape_layout_and_dtype(
         {"reduction": "sum", "lse_square_scale": 1e-2},
         {"sample_weight": torch.linspace(0, 2, 9)},
         {"outputs": ("argmax",)},
-        {"label_smoothing": 0.1},  # these two keep logits, the others exponentials
-        {"softcap": 3.0},
+        {"label_smoothing": 0.1},  # keeps logits, the others exponentials
+        {"softcap": 3.0},  # keeps nothing
     ],
     ids=["mean", "sum", "weighted", "argmax", "smoothed", "capped"],
 )
@@ -606,7 +606,7 @@ def test_a_chunk_that_waits_for_backward(
     again.backward()
     with pytest.raises(RuntimeError, match="second time"):
         again.backward()
-    assert len(kept) == 5
+    assert len(kept) == (0 if "softcap" in own else 5)
     leaves = [t.clone().requires_grad_() for t in (x, w)]
     ours = lossops.linear_cross_entropy(*leaves, y, **own)
     ours = ours.loss if "outputs" in own else ours

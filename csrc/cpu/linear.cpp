@@ -14,19 +14,25 @@
 // so that dz is never formed. A row whose later maximum is too far above k is rescaled in place. A
 // buffer of bfloat16 holds E as the products round it: half the bytes, and no pass that rounds.
 //
-// Where E does not suffice, a buffer of float16 may hold z - o, o_i near the row's largest
-// negative: a logit is off by (o - z) / 2048 at most, and a softmax of q by q (1 + ln(1 / q)) /
-// 2048, where o was not moved; each time it was rounds once more. Statistics are those of z before
-// it was rounded.
+// Where E does not suffice, a buffer of float16 may hold z - o, the origin o_i near the row's
+// largest negative: a logit is off by (o - z) / 2048 at most, and a softmax of t z that is q by (t
+// + ln(1 / q)) / 2048 of it, where o was not moved; each time it was rounds once more. For squares
+// o_i is near the mean, for sums that read z itself it is 0. Statistics are those of z before it
+// was rounded.
 //
 // Verified by tests/test_cpu_backend.py, with small tiles so that every boundary is crossed.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/ones.h>
 
+#include <string>
+
 #include "cpu/tiles.h"
 
 namespace lossops {
 namespace {
+
+// Of a log-sum of logits that may be rounded.
+constexpr double kLargestTemperature = 4;
 
 void check_buffer(const Tensor& buffer, const Tensor& x, const Tensor& w, at::ScalarType dtype) {
   TORCH_CHECK(buffer.dim() == 2 && buffer.size(0) == x.size(0) && buffer.size(1) == w.size(0) &&
@@ -49,11 +55,20 @@ bool exponentials_suffice(double softcap, const Names& names, const Names& wante
   return true;
 }
 
-// Whether the logits of a call may be rounded: at the step of a limit that may change the gradient
-// by more than a rounding.
-bool logits_may_be_rounded(const Names& names) {
-  return std::none_of(names.begin(), names.end(),
-                      [](const std::string& name) { return name.starts_with("lse<"); });
+// Whether the logits of a call may be rounded without changing the gradient by much more than the
+// rounding of dz does. Not at the step of a limit, nor where a softcap saturates or a temperature
+// multiplies the error; and sums that read z itself want another origin than those that read
+// z - shift.
+bool logits_may_be_rounded(double softcap, const Names& names) {
+  bool absolute = false, relative = false;
+  for (const std::string& name : names) {
+    if (name.starts_with("lse<")) return false;
+    if (name.starts_with("lse@") && std::stod(name.substr(4)) > kLargestTemperature) return false;
+    absolute |= name == "softplus" || name == "stable_sum";
+    relative |= is_log_sum(name) || name == "lse" || name == "entropy" || name == "variance" ||
+                name == "sumsq";
+  }
+  return softcap == 0 && !(absolute && relative);
 }
 
 // Where in a row of a buffer the sum of its exponentials lies, or the origin of its logits, in
@@ -95,14 +110,15 @@ void check_chunk(const Head& head, const Names& wanted, const Tensor& buffer) {
   check_buffer(buffer, head.x, head.w, exponentials || logits ? dtype : kDtype<S>);
   if (!exponentials && !logits) return;
   const bool holds = exponentials ? exponentials_suffice(head.softcap, head.names, wanted)
-                                  : logits_may_be_rounded(head.names);
+                                  : logits_may_be_rounded(head.softcap, head.names);
   TORCH_CHECK(
       operand_dtype(head.x, head.w) == at::kBFloat16 && holds &&
           (buffer.size(0) == 0 || has_room<S>(buffer)),
       "a buffer of ", dtype, " needs products of bfloat16, ",
-      exponentials ? "no more wanted than the targets and lse" : "no 'lse<t' among the names",
+      exponentials ? "no more wanted than the targets and lse" : "logits that may be rounded",
       ", and room for 3 more values a row, got a row stride of ", buffer.stride(0), " for ",
-      buffer.size(1), " classes and names ", c10::Join(", ", head.names));
+      buffer.size(1), " classes, softcap ", head.softcap, " and names ",
+      c10::Join(", ", head.names));
 }
 
 template <typename S>

@@ -275,35 +275,35 @@ inline void multiply(S* z, int64_t n, S factor) {
   });
 }
 
-// to = z - by rounded; what float16 does not reach, but is not -inf, becomes the lowest it has.
-template <typename S>
-inline void keep_differences(const S* z, int64_t n, S by, at::Half* to) {
-  constexpr float kLowest = -65504;
-  int64_t i = 0;
-  if constexpr (std::is_same_v<S, float>) {
-    using A = Lane<Vec<float>>;
-    constexpr int64_t width = Vec<float>::size();
-    const Vec<float> bys(by), lowest(kLowest), none(-kInf<float>);
-    const auto from = [&](const S* p) LOSSOPS_INLINE_LAMBDA {
-      const Vec<float> difference = Vec<float>::loadu(p) - bys;
-      return A::select(difference > none, A::at_least(difference, lowest), difference);
-    };
-    for (; i + 2 * width <= n; i += 2 * width) {
-      store_pair(to + i, from(z + i), from(z + i + width));
-    }
-  }
-  for (; i < n; ++i) {
-    const float difference = static_cast<float>(z[i] - by);
-    to[i] = difference > -kInf<float> ? std::max(difference, kLowest) : difference;
-  }
+// What float16 does not reach is as far as it does; infinities and NaN stay.
+inline float within_half(float value) {
+  constexpr float kMost = 65504;
+  return std::isfinite(value) ? std::clamp(value, -kMost, kMost) : value;
+}
+inline Vec<float> within_half(const Vec<float>& value) {
+  using A = Lane<Vec<float>>;
+  const Vec<float> most(65504), bounded = A::at_most(A::at_least(value, Vec<float>(-65504)), most);
+  return A::select(A::abs(value) < Vec<float>(kInf<float>), bounded, value);
 }
 
-// Of rounded values, which round once more; -inf stays.
-inline void add(at::Half* z, int64_t n, float by) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float sum = static_cast<float>(z[i]) + by;
-    z[i] = sum > -kInf<float> ? std::max(sum, -65504.0f) : sum;
+// to = z - by, rounded.
+template <typename S>
+inline void keep_differences(const S* z, int64_t n, S by, at::Half* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<S, float>) {
+    constexpr int64_t width = Vec<float>::size();
+    const Vec<float> bys(by);
+    for (; i + 2 * width <= n; i += 2 * width) {
+      store_pair(to + i, within_half(Vec<float>::loadu(z + i) - bys),
+                 within_half(Vec<float>::loadu(z + i + width) - bys));
+    }
   }
+  for (; i < n; ++i) to[i] = within_half(static_cast<float>(z[i] - by));
+}
+
+// Of rounded values, which round once more.
+inline void add(at::Half* z, int64_t n, float by) {
+  for (int64_t i = 0; i < n; ++i) z[i] = within_half(static_cast<float>(z[i]) + by);
 }
 
 // Of rounded values; a power of two rounds nothing.

@@ -40,8 +40,8 @@ struct RowState {
   bool seen = false;  // a finite negative: `shift` or `offset` is set
   double shift = 0;   // what the sums are relative to: the maximum, or the offset's logit
   Offset offset;      // that of exponentials which are kept
-  bool placed = false;
-  S origin = 0;  // what logits which are kept are relative to, once placed
+  bool placed = false, fixed = false;
+  S origin = 0;  // what logits which are kept are relative to, once placed; moves unless fixed
   S first_target = -kInf<S>;
   bool knows_target = false;  // before its tile
   bool mistaken = false;      // and it turned out to be another
@@ -169,14 +169,20 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Ke
   state.offset = offset;
 }
 
-// Rounds the tile z of a row to its place, relative to an origin: its first finite maximum, moved
-// up with what is there where a later one is too far above. Sums that read z itself keep it at 0.
+// Rounds the tile z of a row to its place, relative to an origin where the gradient needs most
+// digits: 0 for sums that read z itself; for squares the mean of the first tile; else the row's
+// first finite maximum, moved up with what is there where a later one is too far above.
 template <typename S>
 inline void keep_logits(const Fields<S>& out, RowState<S>& state, const Kept& keep, int64_t row,
                         const S* z, int64_t first, int64_t n) {
-  const bool relative = out.lse != nullptr || !state.log_sums.empty();
   at::Half* to = keep.logits + row * keep.stride;
-  if (relative && std::isfinite(state.top) &&
+  const bool absolute = out.softplus != nullptr || out.stable_sum != nullptr;
+  const S mean = static_cast<S>(state.moments.total / state.moments.count);
+  if (out.moment != nullptr && !state.placed && std::isfinite(mean)) {
+    state.placed = state.fixed = true;
+    state.origin = mean;
+  }
+  if (!absolute && !state.fixed && std::isfinite(state.top) &&
       (!state.placed || state.top - state.origin > kOriginHeadroom)) {
     if (state.placed) add(to, first, static_cast<float>(state.origin - state.top));
     state.placed = true;
