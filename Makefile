@@ -13,6 +13,8 @@ unexport PYTHONPATH  # another checkout must not be tested in the place of this 
 sources := $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 cuda_sources := $(wildcard csrc/cuda/* $(addprefix tests/emulator/,*.h *.cpp *.cu programs/*))
 built := .venv/built-$(LOSSOPS_BUILD)
+# Threads that wait for work leave the processor to the other process.
+waiting := OMP_WAIT_POLICY=passive
 # The demo runs on a CPU and does not wait for these.
 cuda := $(if $(shell command -v nvcc),.venv/built-cuda)
 
@@ -26,11 +28,11 @@ demo: $(built)  ## Train a small language model, lossops beside plain PyTorch; A
 	lossops-bench demo $(ARGS)
 
 test: $(built) $(cuda)  ## Run the test suite; ARGS="-k name" or any other pytest options
-	pytest $(ARGS)
+	$(waiting) pytest $(or $(ARGS),--numprocesses 2 --dist loadfile)
 	$(if $(ARGS),,$(MAKE) test-interpreter test-compiled test-emulator)
 
 test-interpreter: $(built)  ## Run the GPU kernels in an interpreter that checks their memory
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest tests/interpreter
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 pytest --numprocesses 2 tests/interpreter
 
 test-compiled: $(built) $(cuda)  ## Compile the GPU kernels for every architecture, within their budgets
 	pytest tests/compiled

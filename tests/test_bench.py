@@ -228,7 +228,7 @@ def test_memory_of_a_dead_process_is_an_error_that_says_why():
 
 def test_sampling_sees_a_lasting_allocation():
     meter = SamplingMeter()
-    kept = torch.ones(32 * 2**18)
+    kept = torch.ones(64 * 2**18)  # more than the C library takes from what other tests gave back
     assert meter.extra() > 0.9 * kept.nbytes
 
 
