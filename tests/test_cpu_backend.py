@@ -530,9 +530,18 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("names", [("lse", "sum"), ("lse", "sumsq")], ids="-".join)
 @pytest.mark.parametrize("tile", [8, 13, 64])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("row", "names"),
+    # Squares of classes without a logit are NaN.
+    [
+        (r, n)
+        for n in (("lse", "sum"), ("lse", "sumsq"))
+        for r in ROWS
+        if "sum" in n or r != "absent"
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 def test_the_error_of_logits_in_float16(
     half: ModuleType, row: str, tile: int, names: Sequence[str]
 ) -> None:
@@ -543,8 +552,6 @@ def test_the_error_of_logits_in_float16(
     case = Case(6, 48, 48, 0, torch.bfloat16, names=names)
     rows = (torch.stack([ROWS[row](random) for _ in range(6)]) * 4).round() / 4
     absent = row == "absent"
-    if absent and "sumsq" in names:
-        return  # it is NaN
     x = torch.randn(6, 48, generator=random).bfloat16() if absent else rows.bfloat16()
     b = rows[0].bfloat16() if absent else None
     case.args = (x, torch.eye(48).bfloat16(), b, torch.tensor(1.37), 0.0, None, None, None)
@@ -680,16 +687,18 @@ def test_what_is_kept(half: ModuleType, name: str, collected: bool, softcap: flo
                 case.chunk(half, 8, padding=4, dtype=dtype)
 
 
-def test_logits_further_apart_than_float16_reaches(half: ModuleType) -> None:
-    """They are as far as it reaches, and a gradient that is linear in them stays finite."""
-    case = Case(3, 4, 40, 1, torch.bfloat16, names=("target", "lse", "sumsq"), bias=True)
+@pytest.mark.parametrize("name", ["sum", "sumsq"])
+def test_logits_further_apart_than_float16_reaches(half: ModuleType, name: str) -> None:
+    """They are as far as it reaches, and the gradient, linear in them or not, stays finite."""
+    case = Case(3, 4, 40, 1, torch.bfloat16, names=("target", "lse", name), bias=True)
     case.args[2][::3] = -2e5
-    case.args[2][30] = 7e4  # the origin moves by more than that
+    case.args[2][30] = 7e4  # beside `sum` the origin moves by more than float16 reaches
     found = case.chunk(half, 16, padding=4, dtype=torch.float16)
     whole = case.chunk(half, 16, padding=4)
     for key in ("dx", "dw", "db"):
         assert found[key].isfinite().all()
-        assert float(found[key].abs().max()) <= float(whole[key].abs().max())
+        if name == "sumsq":
+            assert float(found[key].abs().max()) <= float(whole[key].abs().max())
 
 
 def test_capabilities_agree() -> None:
