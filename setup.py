@@ -31,8 +31,11 @@ FLAGS = [
     *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
-# The last three are false alarms of gcc 12 in its own AVX-512 headers and in at::vec.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-array-bounds", "-Wno-psabi"]
+# The last five are false alarms of gcc 12 in its own AVX-512 headers and in at::vec.
+WARNINGS = [
+    *("-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-array-bounds"),
+    *("-Wno-stringop-overflow", "-Wno-restrict", "-Wno-psabi"),
+]
 CAPABILITIES = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -424,6 +424,27 @@ def test_late_maximum(cpp: ModuleType, dtype: torch.dtype, above: float) -> None
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-30, 2.0**-100], ids=lambda s: f"{s:.0e}")
+def test_negligible_dz(cpp: ModuleType, scale: float) -> None:
+    """A float32 row far below the largest coefficient counts 0, whatever the scale of them all."""
+    case = Case(4, 5, 70, 1, torch.float32, names=("target", "lse", "lse@2"))
+    for coefficient in case.coefficients:
+        if coefficient is not None:
+            coefficient *= scale
+            coefficient[1] *= 0 if coefficient.dim() == 2 else 2.0**-110
+    exact = case.doubled()
+    for ours, truth in (
+        (case.two_sweeps(cpp, 16), exact.two_sweeps(cpp, 16)),
+        (case.chunk(cpp, 16), exact.chunk(cpp, 16)),
+    ):
+        assert (ours["dx"][1] == 0).all()
+        assert (truth["dx"][1] != 0).all()
+        for key, value in truth.items():
+            if key.startswith("d"):
+                found = ours[key].double() / scale
+                torch.testing.assert_close(found, value / scale, rtol=1e-5, atol=1e-5, msg=key)
+
+
 def test_ties_take_the_lowest_id(cpp: ModuleType) -> None:
     z = torch.zeros(1, 50)
     z[0, [11, 30, 31]] = 2.0

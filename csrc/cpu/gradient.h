@@ -30,6 +30,26 @@ unsigned terms_of(const Fields<S>& coefficient) {
               : 0u);
 }
 
+// A dz that is smaller goes into products as 0. Times a weight it would be subnormal, and products
+// full of those take 1.3 times as long (Intel, AVX-512); a loss that weights rows by a power of
+// 1 - p makes rows of them. At most 2^-100, and 2^-90 of the largest coefficient.
+template <typename S>
+S negligible_of(const Fields<S>& c, int64_t rows) {
+  if constexpr (!std::is_same_v<S, float>) return 0;
+  S largest = 0;
+  const auto see = [&](const S* field) {
+    for (int64_t i = 0; field != nullptr && i < rows; ++i) {
+      if (std::isfinite(field[i])) largest = std::max(largest, std::abs(field[i]));
+    }
+  };
+  for (const S* field : {c.lse, c.mean, c.variance, c.average, c.moment, c.softplus, c.stable_sum,
+                         c.weighted_sum, c.teacher}) {
+    see(field);
+  }
+  for (const S* field : c.log_sums) see(field);
+  return static_cast<S>(std::min(0x1p-100, 0x1p-90 * largest));
+}
+
 // What the gradient of a call reads: statistics and coefficients.
 template <typename S>
 struct Chain {
@@ -37,6 +57,7 @@ struct Chain {
   const Fields<S>& statistic;
   const Fields<S>& coefficient;
   unsigned terms = terms_of(coefficient);
+  S negligible = negligible_of(coefficient, task.rows);
 
   RowBasis<S> basis(int64_t row) const {
     auto at = [row](const S* field) { return field == nullptr ? S(0) : field[row]; };
@@ -72,6 +93,7 @@ inline RowBasis<Vec<S>> broadcast(const RowBasis<S>& r) {
 template <typename S>
 struct InPlace {
   S* z;
+  S negligible = 0;  // a smaller |dz| is put as 0
 
   S logit(int64_t j) const { return z[j]; }
   void add(int64_t j, S value) const { z[j] += value; }
@@ -80,7 +102,9 @@ struct InPlace {
   template <typename F>
   LOSSOPS_LANE void map(int64_t n, const F& f) const {
     for_lanes<S>(n, [&](int64_t j, auto count) LOSSOPS_INLINE_LAMBDA {
-      store(z + j, f(load(z + j, count, S(0)), j, count), count);
+      const Vec<S> dz = f(load(z + j, count, S(0)), j, count);
+      const auto small = dz.abs() < Vec<S>(negligible);
+      store(z + j, Lane<Vec<S>>::select(small, Vec<S>(0), dz), count);
     });
   }
 };

@@ -230,7 +230,7 @@ void chunk_gradient_of(const Head& head, const Names& wanted, const Tensor& buff
                    if (kept) return z;
                    if (z.scalar_type() == kDtype<S>) {
                      each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
-                       gradient(chain, i, InPlace<S>{zi}, first, n, scratch);
+                       gradient(chain, i, InPlace<S>{zi, chain.negligible}, first, n, scratch);
                        rounded.put(i, zi, n);
                      });
                    } else if constexpr (std::is_same_v<S, float>) {
@@ -259,7 +259,7 @@ Tensor chunk_negatives_of(const Head& head, const Names& wanted, const Tensor& b
   if (kept) return row_factors(chain, buffer);
   each_part(task.classes, tile, [&](int64_t first, int64_t n) {
     each_row<S>(buffer.narrow(1, first, n), [&](int64_t i, S* z, S* scratch) {
-      gradient(chain, i, InPlace<S>{z}, first, n, scratch);
+      gradient(chain, i, InPlace<S>{z, chain.negligible}, first, n, scratch);
     });
   });
   return at::ones({task.rows}, buffer.options());
@@ -289,7 +289,7 @@ void negatives_of(const Head& head, const MaybeTensors& statistics,
       each_row<S>(z, [&](int64_t i, S* zi, S* scratch) {
         const int64_t at = first + column;
         map_logits(zi, columns, task.bias ? task.bias + at : nullptr, task.cap);
-        gradient(chain, row + i, InPlace<S>{zi}, at, columns, scratch);
+        gradient(chain, row + i, InPlace<S>{zi, chain.negligible}, at, columns, scratch);
       });
     });
   });
@@ -323,7 +323,7 @@ void gradient_of(const Head& head, const MaybeTensors& statistics, const MaybeTe
 
   sweep_gradient(head, chain, dx, dw, db, tile,
                  [&](int64_t row, S* z, int64_t first, int64_t n, S* scratch) {
-                   gradient(chain, row, InPlace<S>{z}, first, n, scratch);
+                   gradient(chain, row, InPlace<S>{z, chain.negligible}, first, n, scratch);
                  });
 }
 

@@ -232,20 +232,27 @@ inline double term_pass(const Term& term, S* z, int64_t n, const S* a, S factor)
   return sum_of_lanes(total);
 }
 
-// Σ a (z - pivot) and Σ a, where a = 0 counts 0 whatever z is if `kMasked`.
+// Σ a (z - pivot) and Σ a, where a = 0 counts 0 whatever z is if `kMasked`. The terms have either
+// sign: a lane adds no more than 64, whose rounding stays near that of the terms.
 template <bool kMasked, typename S>
 inline std::pair<double, double> weighted_total(const S* z, const S* a, int64_t n, S pivot) {
   using A = Lane<Vec<S>>;
+  constexpr int64_t kBlock = 64 * Vec<S>::size();
   const Vec<S> pivots(pivot);
-  Vec<S> total(0), sum(0);
-  for_lanes<S>(n, [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
-    const Vec<S> weight = load(a + i, count, S(0));
-    Vec<S> rel = load(z + i, count, pivot) - pivots;
-    if constexpr (kMasked) rel = A::select(weight == Vec<S>(0), Vec<S>(0), rel);
-    total = A::fma(weight, rel, total);
-    sum = sum + weight;
-  });
-  return {sum_of_lanes(total), sum_of_lanes(sum)};
+  std::pair<double, double> totals;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    Vec<S> total(0), sum(0);
+    for_lanes<S>(std::min(kBlock, n - block), [&](int64_t i, auto count) LOSSOPS_INLINE_LAMBDA {
+      const Vec<S> weight = load(a + block + i, count, S(0));
+      Vec<S> rel = load(z + block + i, count, pivot) - pivots;
+      if constexpr (kMasked) rel = A::select(weight == Vec<S>(0), Vec<S>(0), rel);
+      total = A::fma(weight, rel, total);
+      sum = sum + weight;
+    });
+    totals.first += sum_of_lanes(total);
+    totals.second += sum_of_lanes(sum);
+  }
+  return totals;
 }
 
 template <typename S>
