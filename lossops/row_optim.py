@@ -394,7 +394,7 @@ class StepProducts:
             while len(level):
                 self.levels.append(level)
                 even = len(level) // 2 * 2
-                level = level[1:even:2] @ level[0:even:2]
+                level = _matrix_product(level[1:even:2], level[0:even:2])
 
     def __len__(self) -> int:
         return self.count
@@ -414,7 +414,7 @@ class StepProducts:
             at = self.count // 2**level - 1
             if level:
                 below = self.levels[level - 1]
-                product = below[2 * at + 1] @ below[2 * at]
+                product = _matrix_product(below[2 * at + 1], below[2 * at])
             if level == len(self.levels):
                 self.levels.append(product.new_zeros(4, 2, 2))
             if at == len(self.levels[level]):
@@ -430,7 +430,7 @@ class StepProducts:
         def take(level: int, which: Tensor) -> None:
             some = which.nonzero().squeeze(1)
             if some.numel():
-                found[some] = self.levels[level][at[some] >> level] @ found[some]
+                found[some] = _matrix_product(self.levels[level][at[some] >> level], found[some])
                 at[some] += 2**level
 
         for level in range(len(self.levels)):  # up to where longer runs begin
@@ -438,6 +438,11 @@ class StepProducts:
         for level in reversed(range(len(self.levels))):
             take(level, at + 2**level <= self.count)
         return found
+
+
+def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices (..., 2, 2), the same bits in any batch: a GEMM may round by its size."""
+    return a[..., :1] * b[..., :1, :] + a[..., 1:] * b[..., 1:, :]
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, dict[str, Any], Tensor]]:

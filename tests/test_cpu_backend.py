@@ -439,10 +439,22 @@ def test_negligible_dz(cpp: ModuleType, scale: float) -> None:
     ):
         assert (ours["dx"][1] == 0).all()
         assert (truth["dx"][1] != 0).all()
-        for key, value in truth.items():
-            if key.startswith("d"):
-                found = ours[key].double() / scale
-                torch.testing.assert_close(found, value / scale, rtol=1e-5, atol=1e-5, msg=key)
+        for key in ("dx", "dw", "db"):
+            found, value = ours[key].double() / scale, truth[key] / scale
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_a_small_class_vector_is_not_negligible(cpp: ModuleType) -> None:
+    case = Case(4, 5, 70, 0, torch.float32, names=("weighted_sum",))
+    case.args[6].mul_(2.0**-110)
+    exact = case.doubled()
+    for ours, truth in (
+        (case.two_sweeps(cpp, 16), exact.two_sweeps(cpp, 16)),
+        (case.chunk(cpp, 16), exact.chunk(cpp, 16)),
+    ):
+        for key in ("dx", "dw", "db"):
+            found, value = ours[key].double() * 2.0**110, truth[key] * 2.0**110
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5, msg=key)
 
 
 def test_ties_take_the_lowest_id(cpp: ModuleType) -> None:
