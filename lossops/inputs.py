@@ -162,8 +162,13 @@ def class_ids(
             f"got {tuple(target.shape)}"
         )
     ids = ids.reshape(-1, 1)
-    ignored = ids == (-100 if ignore_index is None else ignore_index)
-    return torch.where(ignored, -1, torch.where(ids < 0, num_classes, ids))
+    known = torch.where(ids < 0, num_classes, ids)
+    return torch.where(is_ignored(ids, ignore_index), -1, known)
+
+
+def is_ignored(target: Tensor, ignore_index: int | None) -> Tensor:
+    """Which ids are that of ignored rows, -100 for None."""
+    return target == (-100 if ignore_index is None else ignore_index)
 
 
 def has_target(ids: Tensor) -> Tensor:

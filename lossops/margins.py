@@ -2,7 +2,8 @@
 
     z_y = s ψ(cos θ_y),   z_j = s cos θ_j for the other classes
 
-Past the angle at which θ + m reaches π, where cos(θ + m) would rise again, ψ goes on as a line.
+Past the angle at which θ + m reaches π, where cos(θ + m) would rise again, ψ goes on as a line,
+unless told otherwise.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class ArcFace:
         straight_through: take ψ' = 1, as widely used code does, for the true derivative
             sin(θ + m) / sin θ. Default: ``False``.
         filter_above: as in `CosFace`. Default: ``None``.
+        guard: whether the line is there; False for cos(θ + m) everywhere, which rewards targets
+            beyond that angle for going further, as in the authors' PyTorch code. Default: ``True``.
 
     Example:
         >>> import torch, lossops
@@ -71,6 +74,7 @@ class ArcFace:
     margin: float = 0.5
     straight_through: bool = False
     filter_above: float | None = None
+    guard: bool = True
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
@@ -78,7 +82,7 @@ class ArcFace:
 
     def __call__(self, cosine: Tensor) -> Tensor:
         """ψ of the targets' cosines."""
-        return _angular(cosine, 1.0, self.margin, 0.0, self.straight_through)
+        return _angular(cosine, 1.0, self.margin, 0.0, self.straight_through, self.guard)
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,12 @@ class CombinedMargin:
 Margin = CosFace | ArcFace | CombinedMargin
 
 
-def _angular(cosine: Tensor, m1: float, m2: float, m3: float, straight_through: bool) -> Tensor:
+def _angular(
+    cosine: Tensor, m1: float, m2: float, m3: float, straight_through: bool, guard: bool = True
+) -> Tensor:
     if straight_through:
         with torch.no_grad():
-            moved = _angular(cosine, m1, m2, m3, False) - cosine
+            moved = _angular(cosine, m1, m2, m3, False, guard) - cosine
         return cosine + moved
     inside = cosine.abs() < 1  # at the ends the derivative of the angle is infinite
     c = torch.where(inside, cosine, 0.0)
@@ -141,7 +147,7 @@ def _angular(cosine: Tensor, m1: float, m2: float, m3: float, straight_through: 
         bent = torch.cos(m1 * angle + m2)
         limit = math.cos((math.pi - m2) / m1)
         beyond = cosine - limit - 1
-    return torch.where(cosine > limit, bent, beyond) - m3
+    return (torch.where(cosine > limit, bent, beyond) if guard else bent) - m3
 
 
 def _check_scale(scale: float) -> None:

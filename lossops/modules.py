@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,20 @@ from lossops.linear import linear_loss
 from lossops.pairwise import sigmoid_pairwise_loss, softmax_pairwise_loss
 
 
-def check_keywords(module: nn.Module, function: Callable[..., Any], *own: str) -> None:
+def check_keywords(
+    module: nn.Module, options: Iterable[str], function: Callable[..., Any], *own: str
+) -> None:
     """Raise a TypeError for options of a module that ``function`` does not take.
 
     Args:
-        module: with ``options``.
-        function: whose keywords they are.
+        module: whose they are.
+        options: their names.
+        function: whose keywords they are to be.
         own: keywords that the module gives itself.
     """
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
-    if unknown := [name for name in module.options if name not in known]:  # type: ignore[union-attr]
+    if unknown := [name for name in options if name not in known]:
         raise TypeError(
             f"{type(module).__name__} must get keywords among {', '.join(known)}, "
             f"got {', '.join(unknown)}"
@@ -33,7 +36,13 @@ def check_keywords(module: nn.Module, function: Callable[..., Any], *own: str) -
 
 
 class _LinearHead(nn.Module):
-    """A weight (V, D) and perhaps a bias (V,), initialised as in ``torch.nn.Linear``."""
+    """A weight (V, D) and perhaps a bias (V,), initialised as in ``torch.nn.Linear``.
+
+    Tensors among the options are its own, under ``tensors``: parameters are learned, others are
+    buffers.
+    """
+
+    tensors: nn.Module
 
     def __init__(
         self,
@@ -47,7 +56,15 @@ class _LinearHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.num_classes = in_features, num_classes
-        self.options = options
+        tensors = {n: t for n, t in options.items() if isinstance(t, Tensor)}
+        self.options = {n: o for n, o in options.items() if n not in tensors}
+        if tensors:
+            self.tensors = nn.Module()
+        for n, t in tensors.items():
+            if isinstance(t, nn.Parameter):
+                self.tensors.register_parameter(n, t)
+            else:
+                self.tensors.register_buffer(n, t)
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.linear_weight = nn.Parameter(torch.empty(num_classes, in_features, **kwargs))
         self.linear_bias: nn.Parameter | None = None
@@ -60,6 +77,14 @@ class _LinearHead(nn.Module):
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         for parameter in self.parameters(recurse=False):
             nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Options, tensors among them."""
+        if "tensors" not in self._modules:
+            return self.options
+        own = self.tensors
+        return {**self.options, **dict(own.named_parameters()), **dict(own.named_buffers())}
 
     def extra_repr(self) -> str:
         """Sizes and options."""
@@ -94,7 +119,7 @@ class LinearCrossEntropyLoss(_LinearHead):
         self, in_features: int, num_classes: int, *, weight: Tensor | None = None, **options: Any
     ) -> None:
         super().__init__(in_features, num_classes, **options)
-        check_keywords(self, linear_cross_entropy, "linear_bias", "weight")
+        check_keywords(self, self.keywords, linear_cross_entropy, "linear_bias", "weight")
         self.register_buffer("weight", weight)
 
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
@@ -105,7 +130,7 @@ class LinearCrossEntropyLoss(_LinearHead):
             target,
             linear_bias=self.linear_bias,
             weight=self.weight,
-            **{**self.options, **options},
+            **{**self.keywords, **options},
         )
 
 
@@ -129,12 +154,16 @@ class LinearLogProb(_LinearHead):
 
     def __init__(self, in_features: int, num_classes: int, **options: Any) -> None:
         super().__init__(in_features, num_classes, **options)
-        check_keywords(self, linear_log_prob, "linear_bias")
+        check_keywords(self, self.keywords, linear_log_prob, "linear_bias")
 
-    def forward(self, input: Tensor, target: Tensor) -> Any:
-        """log p of ``target`` (...), or with the entropy."""
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        """log p of ``target`` (...), or with the entropy; keywords override those of the module."""
         return linear_log_prob(
-            input, self.linear_weight, target, linear_bias=self.linear_bias, **self.options
+            input,
+            self.linear_weight,
+            target,
+            linear_bias=self.linear_bias,
+            **{**self.keywords, **options},
         )
 
 
@@ -160,11 +189,20 @@ class LinearLoss(_LinearHead):
         self, in_features: int, num_classes: int, loss_fn: Callable[..., Tensor], **options: Any
     ) -> None:
         super().__init__(in_features, num_classes, **options)
-        check_keywords(self, linear_loss, "linear_bias", "row_inputs", "parameters")
+        own = ("linear_bias", "row_inputs", "parameters")
+        check_keywords(self, self.keywords, linear_loss, *own)
         self.loss_fn = loss_fn
 
-    def forward(self, input: Tensor, target: Tensor | None, **row_inputs: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        *,
+        sample_weight: Tensor | None = None,
+        **row_inputs: Tensor,
+    ) -> Tensor:
         """Loss of ``input`` (..., D) and ``target``; further tensors go to ``loss_fn`` by row."""
+        given = {} if sample_weight is None else {"sample_weight": sample_weight}
         parameters = tuple(self.loss_fn.parameters()) if isinstance(self.loss_fn, nn.Module) else ()
         return linear_loss(
             input,
@@ -174,7 +212,7 @@ class LinearLoss(_LinearHead):
             row_inputs=row_inputs,
             parameters=parameters,
             linear_bias=self.linear_bias,
-            **self.options,
+            **{**self.keywords, **given},
         )
 
 
@@ -197,12 +235,12 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, *, weight: Tensor | None = None, **options: Any) -> None:
         super().__init__()
         self.options = options
-        check_keywords(self, cross_entropy, "weight")
+        check_keywords(self, options, cross_entropy, "weight")
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Any:
-        """Loss of ``logits`` (..., V) and ``target``."""
-        return cross_entropy(logits, target, weight=self.weight, **self.options)
+    def forward(self, logits: Tensor, target: Tensor, **options: Any) -> Any:
+        """Loss of ``logits`` (..., V) and ``target``; keywords override those of the module."""
+        return cross_entropy(logits, target, weight=self.weight, **{**self.options, **options})
 
 
 class _PairwiseLoss(nn.Module):
@@ -251,7 +289,7 @@ class SigmoidPairwiseLoss(_PairwiseLoss):
 
     def __init__(self, *, learnable: bool = False, **options: Any) -> None:
         super().__init__(math.log(10.0), -10.0, learnable, **options)
-        check_keywords(self, sigmoid_pairwise_loss)
+        check_keywords(self, options, sigmoid_pairwise_loss)
 
     def forward(
         self,
@@ -291,7 +329,7 @@ class SoftmaxPairwiseLoss(_PairwiseLoss):
 
     def __init__(self, *, learnable: bool = False, **options: Any) -> None:
         super().__init__(math.log(1 / 0.07), None, learnable, **options)
-        check_keywords(self, softmax_pairwise_loss)
+        check_keywords(self, options, softmax_pairwise_loss)
 
     def forward(
         self,

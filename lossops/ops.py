@@ -1,4 +1,4 @@
-"""torch.library schemas, their implementations and fakes. No autograd here: see `lossops.linear`.
+"""torch.library schemas, their implementations and fakes. No autograd here: see `lossops.autograd`.
 
 Each op runs a whole schedule, so a compiler sees one node. Tensors that are not wanted come back
 empty. Schemas are one for all backends; the ``backend`` argument says who computes.
@@ -61,18 +61,6 @@ library.define(
     "gram_gradient(Tensor x, Tensor w, Tensor? b, Tensor target, Tensor mean, Tensor gram, "
     "Tensor[] given, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
-
-HeadArguments = tuple[
-    Tensor,
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    float,
-    Tensor | None,
-    Tensor | None,
-    Tensor | None,
-    list[str],
-]
 
 
 def _primitives(backend: str, x: Tensor) -> Any:

@@ -267,12 +267,17 @@ class RowAdamW(torch.optim.Optimizer):
         *,
         state_dir: str | Path | None = None,
     ) -> None:
-        _check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
         self._tensors = StateTensors(state_dir)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the options of a group may be its own."""
+        group = {**self.defaults, **param_group}
+        _check_at_least_zero(**{n: group[n] for n in ("lr", "eps", "weight_decay")})
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -274,6 +274,9 @@ ANCHORS: dict[str, tuple[dict[str, Any], float, tuple[float, ...]]] = {
         {"gamma": 5.0}, 0.50206270, (-0.874792, 0.011236, 0.217024, 0.613481, 0.002507, 0.030543),
     ),
     "encouraging": ({}, 1.14347199, (-1, 0.015868, 0.071114, 0.866345, 0.003541, 0.043133)),
+    "encouraging, a decoupled row": (
+        {"log_end": 1.0}, 1.14347199, (-1, 0.015868, 0.071114, 0.866345, 0.003541, 0.043133),
+    ),
     "poly": ({}, 2.17844291, (-0.941589, 0.014941, 0.066960, 0.815741, 0.003334, 0.040613)),
     "max_sup": ({}, 1.68679305, (-0.774983, -0.004634, 0.037260, 0.740297, -0.013982, 0.016042)),
     "squentropy": (
@@ -307,11 +310,24 @@ def test_anchor(name: str, backend: str) -> None:
     own, loss, gradient = ANCHORS[name]
     z = torch.tensor([Z], dtype=torch.float64)
     w, y = torch.eye(6, dtype=torch.float64), torch.tensor([0])
-    face = RECIPES[name].face
+    face = RECIPES[name.partition(",")[0]].face
     found, dz = value_and_gradients(lambda x: face(x, w, y, **own, backend=backend), (z,))
     # The authors' labels are float32, and so is their log 1e-4: 1.3e-7 off.
     assert float(found) == pytest.approx(loss, abs=1.2e-7 if "reverse" in name else 6e-9)
     torch.testing.assert_close(dz[0], z.new_tensor(gradient), rtol=0, atol=6e-7)
+
+
+def test_anchors_of_entropy_and_error_norm(backend: str) -> None:
+    """Entropy 0.95764952, from a penalty on it; error norm 1.00537322, from where rows drop out."""
+    z, w = torch.tensor([Z], dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    y, own = torch.tensor([0]), {"backend": backend}
+    confident = catalogue.linear_confidence_penalty_loss(z, w, y, beta=1.0, **own)
+    assert 1.42012638 - float(confident) == pytest.approx(0.95764952, abs=1.2e-8)
+    kept = [
+        float(catalogue.linear_error_norm_truncation_loss(z, w, y, threshold=1.00537322 + d, **own))
+        for d in (-6e-9, 6e-9)
+    ]
+    assert kept == [0.0, pytest.approx(1.42012638, abs=6e-9)]
 
 
 # Cosines 0.6, -0.2, 0.1, 0.75, -0.5, 0 of the classes, y = 0, scale 4.
@@ -396,8 +412,8 @@ def test_module_is_its_function_with_a_weight(name: str) -> None:
 def test_module_learns_its_own_parameter_and_keeps_its_tensors() -> None:
     gamma = nn.Parameter(torch.tensor(2.0))
     module = catalogue.LinearFocalLoss(FEATURES, CLASSES, gamma=gamma, weight=torch.ones(CLASSES))
-    assert {n for n, _ in module.named_parameters()} == {"linear_weight", "learned.gamma"}
-    assert dict(module.named_buffers()).keys() == {"given.weight"}
+    assert {n for n, _ in module.named_parameters()} == {"linear_weight", "tensors.gamma"}
+    assert dict(module.named_buffers()).keys() == {"tensors.weight"}
     module(torch.randn(3, FEATURES), torch.tensor([1, 2, 3])).backward()
     assert gamma.grad is not None
 

@@ -237,23 +237,26 @@ def test_odds_of_sequences_that_are_certain(
     assert all(found[1][i].any() for i in others if i < 2)
 
 
-@pytest.mark.parametrize("false", [[[2, -1, -1]], [[1, 2, 3]]], ids=["far above", "all others"])
-@pytest.mark.parametrize("tau", [0.05, 0.0])
-def test_false_negatives_that_leave_nothing(
-    false: list[list[int]], tau: float, backend: str
-) -> None:
-    """HaSa where e^{z_f} is beyond float32, and where f are all other classes: G is ``least``."""
-    x, y, ids = torch.tensor([[1.0, 2.0, 150.0, 0.0]]), torch.tensor([0]), torch.tensor(false)
+@pytest.mark.parametrize("weight", [1.0, 100.0], ids=["some left", "nothing left"])
+@pytest.mark.parametrize("false", [[2, -1, -1], [1, 2, 3], [3, -1, -1]])
+def test_hard_negatives_beyond_float32(false: list[int], weight: float, backend: str) -> None:
+    """HaSa where e^z of a negative, false or not, is infinite; G is ``least`` below 0."""
+    x, y, ids = torch.tensor([[1.0, 2.0, 150.0, 0.0]]), torch.tensor([0]), torch.tensor([false])
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        return catalogue.linear_hasa_loss(x, w, y, false_negatives=ids, tau=tau, backend=backend)
+        return catalogue.linear_hasa_loss(
+            x, w, y, false_negatives=ids, tau=0.05,
+            false_weights=torch.full((1, 3), weight), backend=backend,
+        )  # fmt: skip
 
     found = value_and_gradients(loss, (x, EYE))
     assert all(t.isfinite().all() for t in found)
-    kept = tau == 0 and ids[0, 1] == -1  # G is then that of classes 1 and 3
-    z = x[0, [1, 3]]
-    g = float((z.softmax(0) * z.exp()).sum()) if kept else 1.0
-    odds = torch.tensor(4 / (1 - tau) * g).log()  # of e^{z_y - m} = 1
+    relative = (x[0].double() - 150).exp()
+    g = (x[0, 1:].softmax(0) * relative[1:]).sum() - 0.05 * weight * sum(
+        relative[f] for f in false if f >= 0
+    )
+    log_g = g.log() + 150 if g > 0 else torch.tensor(0.0)
+    odds = (log_g + torch.tensor(4 / 0.95).log()).float()  # of e^{z_y - m} = 1
     torch.testing.assert_close(found[0], torch.nn.functional.softplus(odds))
 
 

@@ -454,6 +454,7 @@ FIRST_ONLY = {
     "in place": lambda x, y: lossops.cross_entropy(x * 1, y, inplace=True),
     "normalised rows": lambda x, y: lossops.PartialFC(33, 33)(x, y),
     "factored": lambda x, y: lossops.FactoredSphericalHead(33, 33)(x, y),
+    "chunks of logits": lambda x, y: lossops.catalogue.linear_normalized_focal_loss(x, x, y),
 }
 
 
@@ -465,6 +466,14 @@ def test_4_second_derivatives_that_are_not_there_are_refused(name: str) -> None:
     loss = FIRST_ONLY[name](x, torch.arange(5))
     with pytest.raises(RuntimeError, match="has first derivatives only, not for create_graph=True"):
         loss.backward(create_graph=True)
+
+
+def test_4_losses_over_chunks_of_logits_do_not_pass_for_constants() -> None:
+    """As torch's own ``once_differentiable`` would have it in ``autograd.grad``."""
+    x = torch.randn(5, 33, requires_grad=True)
+    loss = FIRST_ONLY["chunks of logits"](x, torch.arange(5))
+    with pytest.raises(RuntimeError, match="a loss over chunks of logits has first derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 # 5. All rows ignored or weights summing to zero; targets out of range; NaN and infinities.

@@ -469,7 +469,9 @@ MODULES = {
     "LinearCrossEntropyLoss": lambda: lossops.LinearCrossEntropyLoss(
         D, V, bias=True, weight=torch.linspace(0.5, 2, V), label_smoothing=0.1
     ),
-    "LinearLogProb": lambda: lossops.LinearLogProb(D, V, logit_scale=0.5),
+    "LinearLogProb": lambda: lossops.LinearLogProb(
+        D, V, logit_scale=nn.Parameter(torch.tensor(0.5))
+    ),
     "LinearLoss": lambda: lossops.LinearLoss(D, V, ScaledFocal(), reduction="sum"),
     "CrossEntropyLoss": lambda: lossops.CrossEntropyLoss(weight=torch.linspace(0.5, 2, V)),
     "FactoredSphericalHead": lambda: lossops.FactoredSphericalHead(D, V, bias=True),
@@ -510,12 +512,29 @@ def test_module_moves(make, inputs):
     assert module(x, inputs.y).dtype == torch.float64
 
 
+def test_modules_take_row_weights_by_call(inputs):
+    x, u = inputs.leaves[0], torch.linspace(0.1, 1.0, N)
+    for name in ("LinearCrossEntropyLoss", "LinearLoss", "CrossEntropyLoss"):
+        module = MODULES[name]()
+        x_or_z = x if takes_features(module) else torch.randn(N, V)
+        options = {**getattr(module, "keywords", module.options), "sample_weight": u}
+        same = copy.deepcopy(module)
+        same.options = options
+        assert_equal(module(x_or_z, inputs.y, sample_weight=u), same(x_or_z, inputs.y))
+        with pytest.raises(AssertionError):
+            assert_equal(module(x_or_z, inputs.y), same(x_or_z, inputs.y))
+    found = MODULES["LinearLogProb"]()(x, inputs.y, entropy=True)
+    assert len(found) == 2
+
+
 def test_module_state():
     head = MODULES["LinearCrossEntropyLoss"]()
     shapes = {name: tuple(t.shape) for name, t in head.state_dict().items()}
     assert shapes == {"linear_weight": (V, D), "linear_bias": (V,), "weight": (V,)}
     assert [n for n, _ in head.named_parameters()] == ["linear_weight", "linear_bias"]
-    assert list(MODULES["LinearLogProb"]().state_dict()) == ["linear_weight"]
+    scaled = MODULES["LinearLogProb"]()
+    assert list(scaled.state_dict()) == ["linear_weight", "tensors.logit_scale"]
+    assert len(list(scaled.parameters())) == 2
     assert list(dict(MODULES["LinearLoss"]().named_parameters())) == ["linear_weight", "loss_fn.t"]
     assert "in_features=8, num_classes=37, bias=True, label_smoothing=0.1" in repr(head)
     meta = lossops.LinearLogProb(D, V, device="meta", dtype=torch.bfloat16)
@@ -552,7 +571,7 @@ def test_module_is_its_function(name, inputs, backend):
         (dt,) = torch.autograd.grad(found, module.loss_fn.t, retain_graph=True)
         assert dt != 0
     elif isinstance(module, lossops.LinearLogProb):
-        expected = lossops.linear_log_prob(x, module.linear_weight, inputs.y, **options)
+        expected = lossops.linear_log_prob(x, module.linear_weight, inputs.y, **module.keywords)
     else:
         expected = lossops.linear_cross_entropy(
             x, module.linear_weight, inputs.y, linear_bias=module.linear_bias,

@@ -453,6 +453,7 @@ def test_sparse_gradients_suit_torchs_optimizers() -> None:
         (lambda p: optim.RowSGD([{"params": [p], "skipped": "no"}], 0.1), "skipped must be one of"),
         (lambda p: optim.RowAdamW([p], betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
         (lambda p: optim.RowAdamW([p], eps=-1.0), "eps must be at least 0"),
+        (lambda p: optim.RowAdamW([{"params": [p], "lr": -1.0}]), "lr must be at least 0"),
     ],
 )
 def test_bad_options(call: Any, message: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -48,9 +49,15 @@ from lossops_bench.shapes import parse_shape
 
 __all__ = ["near_far_command"]
 
-DTYPES = ("float32", "bfloat16")
 TWO = lossops.LinearLossOptions(schedule="two_sweeps")
 PATIENCE = 600.0
+
+
+class Kind(str, Enum):
+    """The dtypes of x and w, as typed on the command line."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def loss_of(way: str, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -203,7 +210,9 @@ def near_far_command(
     rows: Annotated[int, Option(min=128, help="Rows N.")] = 4096,
     dim: Annotated[int, Option(min=16, help="Features D of the head.")] = 1024,
     vocab: Annotated[int, Option(min=64, help="Classes V.")] = 65536,
-    dtype: Annotated[list[str] | None, Option(help=f"May be repeated; {DTYPES}.")] = None,
+    dtype: Annotated[
+        list[Kind] | None, Option(help="May be repeated. Default: each of them.")
+    ] = None,
     repeats: Annotated[int, Option(min=1, help="Rounds.")] = 5,
     memory: Annotated[bool, Option(help="Measure peak memory, in fresh processes.")] = True,
     plot: Annotated[bool, Option(help="Draw error against cost, from the definition.")] = True,
@@ -215,7 +224,7 @@ def near_far_command(
     """Near and far gradients on a trained head: time, error, the frontier, and training curves."""
     if smoke:
         minutes, rows, dim, vocab, repeats, max_tokens = 0.05, 256, 64, 3000, 1, 200_000
-        dtype, memory, steps = ["float32"], False, min(steps, 2)
+        dtype, memory, steps = [Kind.float32], False, min(steps, 2)
     if threads:
         torch.set_num_threads(threads)
     console = Console(highlight=False, width=130)
@@ -244,7 +253,7 @@ def near_far_command(
     )
     results: list[Result] = []
     with progress_bar(console, TextColumn("{task.fields[note]}")) as bar:
-        kinds = dtype or list(DTYPES)
+        kinds = [kind.value for kind in dtype or Kind]
         total = len(kinds) * (2 + len(STEPS) + len(RANDOM) + 2 * repeats)
         task = bar.add_task("near-far", total=total, note="")
         for kind in kinds:

@@ -185,7 +185,7 @@ class LinearBrierLoss(CatalogueModule):
     ) -> None: ...
 
 def linear_bayesian_flow_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, time: Tensor, accuracy: float = 1.0,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, time: Tensor, accuracy: float,
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
@@ -195,8 +195,9 @@ def linear_bayesian_flow_loss(
 
 class LinearBayesianFlowLoss(CatalogueModule):
     def __init__(self,
-        in_features: int, num_classes: int, *, time: Tensor | None = None, accuracy: float = 1.0,
-        bias: bool = False, device: Any = None, dtype: Any = None, **options: Any,
+        in_features: int, num_classes: int, *, time: Tensor | None = None,
+        accuracy: float | None = None, bias: bool = False, device: Any = None, dtype: Any = None,
+        **options: Any,
     ) -> None: ...
 
 def decoupled_contrastive_loss(
@@ -296,16 +297,17 @@ class LinearCosFaceLoss(CatalogueModule):
 def linear_arc_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
-    weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
-    ignore_index: int | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    guard: bool = True, weight: Tensor | None = None, sample_weight: Tensor | None = None,
+    reduction: str = 'mean', ignore_index: int | None = None,
+    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
+    backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearArcFaceLoss(CatalogueModule):
     def __init__(self,
         in_features: int, num_classes: int, *, scale: float = 64.0, margin: float = 0.5,
-        straight_through: bool = False, filter_above: float | None = None, device: Any = None,
-        dtype: Any = None, **options: Any,
+        straight_through: bool = False, filter_above: float | None = None, guard: bool = True,
+        device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_combined_margin_loss(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lossops.inputs import check_tensor
+from lossops.inputs import check_tensor, is_ignored
 
 
 def at_least(name: str, value: float | Tensor, least: float) -> None:
@@ -56,7 +56,7 @@ def beside_target(target: Tensor, name: str, others: Tensor, ignore_index: int |
             f"{name} must have shape {(*target.shape, 'K')}, padded with -1, got "
             f"{tuple(others.shape)}"
         )
-    ignored = target == (-100 if ignore_index is None else ignore_index)
+    ignored = is_ignored(target, ignore_index)
     listed = torch.cat([target.unsqueeze(-1), others], -1)
     return listed.masked_fill(ignored.unsqueeze(-1), -1)
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossops import backends
-from lossops.autograd import apply
+from lossops.autograd import apply, differentiable_once
 from lossops.catalogue.checks import constant
 from lossops.class_parallel import at_targets
 from lossops.inputs import (
@@ -240,7 +239,7 @@ class ChunkedLoss(torch.autograd.Function):
         return found.sum() if reduced else found
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a loss over chunks of logits")
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, w, b, scale, factors, *ready = ctx.saved_tensors
         if not ctx.reduced:

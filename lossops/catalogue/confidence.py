@@ -245,20 +245,21 @@ def linear_brier_loss(s: RowStatistics) -> Tensor:
     names=("lse", "target", "lse@2"),
     rows=("time",),
 )
-def linear_bayesian_flow_loss(s: RowStatistics, *, time: Tensor, accuracy: float = 1.0) -> Tensor:
+def linear_bayesian_flow_loss(s: RowStatistics, *, time: Tensor, accuracy: float) -> Tensor:
     """Continuous-time loss of Bayesian flow networks for discrete data.
 
     loss = V t β(1) ‖p - e_y‖²
 
     Args:
         time: t, (...) in [0, 1].
-        accuracy: β(1), the final accuracy; it is tuned to the data. Default: ``1.0``.
+        accuracy: β(1), the final accuracy; it is tuned to the data.
 
     Example:
         >>> import torch, lossops
         >>> x, w = torch.randn(4, 8, requires_grad=True), torch.randn(100, 8)
         >>> y = torch.tensor([3, 1, 4, 1])
-        >>> lossops.catalogue.linear_bayesian_flow_loss(x, w, y, time=torch.rand(4)).backward()
+        >>> loss = lossops.catalogue.linear_bayesian_flow_loss
+        >>> loss(x, w, y, time=torch.rand(4), accuracy=3.0).backward()
 
     Reference:
         Graves, Srivastava, Atkinson, Gomez, Bayesian Flow Networks, arXiv 2308.07037

@@ -34,8 +34,6 @@ PAIRS: Keywords = {
     "reduction": Keyword(str, "mean", '``"mean"``, ``"sum"`` or ``"none"``.'),
     **some("options", "backend"),
 }
-FIRST = "features of one view, (N, D) floating point."
-SECOND = "features of the other view, (N, D)."
 
 
 @composed(
@@ -113,16 +111,19 @@ def nt_xent_margin_loss(
 ) -> Tensor:
     """NT-Xent (SimCLR) with an additive or angular margin on the positives.
 
-    loss_i = -log e^{(s_ip - m) / T} / (e^{(s_ip - m) / T} + Σ_{j ≠ i, p} e^{s_ij / T})
+    loss_i = -log e^{a_i / T} / (e^{a_i / T} + Σ_{j ≠ i, p} e^{s_ij / T}),
+    a_i = cos(θ_ip + m') - m
 
-    i runs over the 2 N features of both views, p is the other view of i. ``margin=0`` is NT-Xent.
+    i runs over the 2 N features of both views, p is the other view of i, s_ip = cos θ_ip.
+    ``margin=0`` is NT-Xent; the paper's angular form (AAM) is ``margin=0, angular_margin=m'``.
 
     Args:
         first: features of one view, (N, D) floating point, normalised.
         second: features of the other view, (N, D), normalised.
         temperature: T, a number or a tensor of one that learns. Default: ``0.03``.
         margin: m, taken from the positive. Default: ``0.1``.
-        angular_margin: added to the angle of the positive, radians. Default: ``0.0``.
+        angular_margin: m', added to the angle of the positive, radians; past π the positive goes on
+            as the line s_ip - m' sin m'. Default: ``0.0``.
 
     Returns:
         Scalar, or (2 N,) for ``reduction="none"``; float32 (float64 for float64 inputs).

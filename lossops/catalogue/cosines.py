@@ -75,28 +75,30 @@ def linear_arc_face_loss(
     margin: float = 0.5,
     straight_through: bool = False,
     filter_above: float | None = None,
+    guard: bool = True,
 ) -> Tensor:
     """ArcFace: softmax over cosines, the target's angle widened by a margin.
 
     loss = -log e^{s cos(θ_y + m)} / (e^{s cos(θ_y + m)} + Σ_{j ≠ y} e^{s cos θ_j})
 
-    The derivative is the true one by default; the authors' PyTorch code passes the gradient
-    straight through, dz_y/dc_y = s: ``straight_through=True``. Past π the margin goes on as a line,
-    which that code does not have.
+    Where θ_y + m > π the target's cosine becomes cos θ_y - m sin m, a line that goes on falling.
+    The authors' PyTorch code has no such line and passes the gradient straight through,
+    dz_y/dcos θ_y = s: ``straight_through=True, guard=False``.
 
     Args:
         scale: s. Default: ``64.0``.
         margin: m, in [0, π). Default: ``0.5``.
-        straight_through: the authors' gradient. Default: ``False``.
+        straight_through: the authors' gradient in place of the true one. Default: ``False``.
         filter_above: other classes with a larger cosine get the logit 0 and no gradient; None for
             none. Default: ``None``.
+        guard: whether the line is there. Default: ``True``.
 
     Reference:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition,
         arXiv 1801.07698
     """
-    return _margin_softmax(input, linear_weight, target, head,
-                           ArcFace(scale, margin, straight_through, filter_above))  # fmt: skip
+    own = ArcFace(scale, margin, straight_through, filter_above, guard)
+    return _margin_softmax(input, linear_weight, target, head, own)
 
 
 @composed(

@@ -41,8 +41,9 @@ def linear_gumbel_loss(
 
     loss_i = Σ_{j ∉ P_i} a_j (-log(1 - η_ij)) + Σ_{j ∈ P_i} a_j p_j min(e^{-z_ij}, 20)
 
-    Logits above ``most`` count as that, with no gradient. The authors also bound logits at -4,
-    which no loss or gradient of a float32 can tell.
+    a: ``weight``. Logits above ``most`` count as that, with no gradient. The authors also bound
+    logits at -4, where the loss of a negative is below 2e-24 and that of a positive is bounded by
+    20 before.
 
     Args:
         positives: class ids (..., K) padded with -1, or any form that

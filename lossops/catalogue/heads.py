@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossops.catalogue.checks import above, at_least, constant
+from lossops.catalogue.checks import above, constant
 from lossops.catalogue.keywords import without
 from lossops.catalogue.recipe import ONE_SWEEP, composed
 from lossops.cross_entropy import linear_cross_entropy
-from lossops.inputs import check_float, head_inputs
+from lossops.inputs import check_float, head_inputs, is_ignored
 from lossops.linear import linear_loss, linear_statistics
 from lossops.reference import accumulate_dtype
 from lossops.schedules import without_autocast
@@ -112,7 +112,7 @@ def linear_logit_clip_loss(
         clipped_norm: τ' > 0, the norm that rows beyond τ get; None for τ. Default: ``None``.
 
     Note:
-        The factor of a row multiplies its features, so the gradient of the norm is a product too.
+        Rows are scaled through their features; the gradient goes through the norm.
 
     Reference:
         Wei et al., Mitigating Memorization of Noisy Labels by Clipping the Model Prediction,
@@ -259,7 +259,7 @@ def adaptive_lambda(
         target: class ids (...).
         lam: λ, (...).
         lam0: λ_0.
-        alpha: α, at least 1: λ' stays at or above 0.
+        alpha: α, above 1: λ' stays above 0.
         margin: c. Default: ``1.0``.
         ignore_index: target id of rows that keep their λ; None means -100. Default: ``None``.
         logit_scale: factor of x·w, as of the loss. Default: ``None``.
@@ -268,7 +268,7 @@ def adaptive_lambda(
         λ', (...).
 
     Raises:
-        ValueError: α below 1.
+        ValueError: α not above 1.
 
     Example:
         >>> import torch, lossops
@@ -277,7 +277,7 @@ def adaptive_lambda(
         >>> lossops.catalogue.adaptive_lambda(x, w, y, lam, lam0=0.5, alpha=2.0, margin=0.0)
         tensor([0.5000, 0.5000])
     """
-    at_least("alpha", alpha, 1)
+    above("alpha", alpha, 1)
     rows, cooled = _cooled(input, lam, target, ignore_index)
     s = linear_statistics(
         rows, linear_weight, target, names=("entropy",), ignore_index=ignore_index,
@@ -289,11 +289,7 @@ def adaptive_lambda(
     entropy = -log_p.exp() * log_p + log_1mp.exp() * (others - log_1mp)
     most = math.log(linear_weight.shape[0])
     moved = lam0 * (1 - (most - entropy) / (alpha * most)) if most else torch.full_like(lam, lam0)
-    return torch.where(_ignored(target, ignore_index), lam, moved)
-
-
-def _ignored(target: Tensor, ignore_index: int | None) -> Tensor:
-    return target == (-100 if ignore_index is None else ignore_index)
+    return torch.where(is_ignored(target, ignore_index), lam, moved)
 
 
 def _cooled(
@@ -308,5 +304,5 @@ def _cooled(
         )
     lam = constant("lam", lam).to(accumulate_dtype(input.dtype))
     if target.shape == lam.shape:  # else refused, with its name, by what follows
-        lam = torch.where(_ignored(target, ignore_index), 1.0, lam)
+        lam = torch.where(is_ignored(target, ignore_index), 1.0, lam)
     return (input.to(lam.dtype) / lam.unsqueeze(-1)).to(input.dtype), lam

@@ -22,7 +22,7 @@ from lossops.catalogue.keywords import Keyword, Keywords, some
 from lossops.catalogue.powers import log_1m_exp
 from lossops.catalogue.recipe import TWO_SWEEPS, composed
 from lossops.cross_entropy import linear_log_prob
-from lossops.inputs import check_reduction
+from lossops.inputs import check_reduction, is_ignored
 
 FAMILY = "Tokens and sequences"
 LOG_PROB: Keywords = some(
@@ -232,8 +232,7 @@ def _gains(
         )
     shaping = {n: v for n, v in head.items() if n != "reduction"}
     total = linear_log_prob(input, linear_weight, target, **shaping).sum(-1)
-    ignored = -100 if head["ignore_index"] is None else head["ignore_index"]
-    length = (target != ignored).sum(-1).clamp_min(1)
+    length = (~is_ignored(target, head["ignore_index"])).sum(-1).clamp_min(1)
     if reference is None:
         return total, length
     if reference.shape != total.shape:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lossops.catalogue.docstrings import face_docstring, module_docstring
 from lossops.catalogue.keywords import HEAD, Keywords
+from lossops.inputs import is_ignored
 from lossops.linear import linear_loss
 from lossops.modules import _LinearHead
 from lossops.statistics import RowStatistics
@@ -104,7 +105,7 @@ def recipe(
             input: Any, linear_weight: Any, target: Any, head: dict[str, Any], **own: Any
         ) -> Tensor:
             if "counted" in rows:
-                own["counted"] = _counted(target, head["ignore_index"])
+                own["counted"] = ~is_ignored(target, head["ignore_index"])
             by_row = {n: own.pop(n) for n in rows if own[n] is not None}
             asked = names(**own) if callable(names) else names
             learned = [t for t in own.values() if isinstance(t, Tensor) and t.requires_grad]
@@ -242,22 +243,11 @@ class CatalogueModule(_LinearHead):
 
     face: Callable[..., Any]
 
-    def __init__(self, in_features: int, num_classes: int, **options: Any) -> None:
-        tensors = {n: options.pop(n) for n, t in list(options.items()) if isinstance(t, Tensor)}
-        super().__init__(in_features, num_classes, **options)
-        self.learned = nn.ParameterDict(
-            {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}
-        )
-        self.given = nn.Module()
-        for n, t in tensors.items():
-            if n not in self.learned:
-                self.given.register_buffer(n, t)
-
     def forward(self, input: Tensor, *target: Tensor, **options: Any) -> Any:
         """The loss of ``input`` (..., D); further arguments and keywords as of the function."""
         bias = {} if self.linear_bias is None else {"linear_bias": self.linear_bias}
-        own = {**self.options, **dict(self.given.named_buffers()), **dict(self.learned.items())}
-        return type(self).face(input, self.linear_weight, *target, **bias, **{**own, **options})
+        own = {**self.keywords, **options}
+        return type(self).face(input, self.linear_weight, *target, **bias, **own)
 
 
 def _module(
@@ -333,7 +323,3 @@ def _check_number(argument: str, value: Any, learned: bool) -> None:
         raise ValueError(
             f"{argument} must be one number for all rows, got shape {tuple(value.shape)}"
         )
-
-
-def _counted(target: Tensor, ignore_index: int | None) -> Tensor:
-    return target != (-100 if ignore_index is None else ignore_index)

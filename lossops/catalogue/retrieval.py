@@ -2,7 +2,7 @@
 
 GE2E     -s_jj + log Σ_k e^{s_jk}, utterances against centroids, their own without themselves
 STAR     Σ_{j ≠ y} softplus(z_j - z_y), each negative on its own
-HaSa     InfoNCE whose negatives are weighted by hardness, false ones taken out
+HaSa     InfoNCE whose negatives are weighted by hardness, less a share of false ones
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ def linear_hasa_loss(
 ) -> Tensor:
     """HaSa: InfoNCE with hard negatives, less the share of those that are positives.
 
-    loss = -log e^{z_y - m} / (e^{z_y - m} + V/(1 - τ) G),   G = Σ_j q_j e^{z_j} - τ Σ_f u_f e^{z_f}
+    loss = -log e^{z_y - m} / (e^{z_y - m} + V/(1 - τ) G),
+    G = Σ_{j ≠ y} q_j e^{z_j} - τ Σ_f u_f e^{z_f}
 
-    j runs over the negatives but for f, q is their softmax, a constant of the gradient, f the given
-    false negatives. Where G ≤ 0 it is ``least``, as in the authors' code, which adds the
-    cross-entropy of the columns: `lossops.softmax_pairwise_loss` with ``direction="columns"``.
+    q is the softmax of the negatives, a constant of the gradient; f runs over the given false
+    negatives, which stay among the negatives, as positives do among unlabelled ones. Where G ≤ 0
+    it is ``least``, as in the authors' code, which adds the cross-entropy of the columns with the
+    same m: `lossops.softmax_pairwise_loss` with ``direction="columns"`` and ``margin=m``.
 
     Args:
         target: class ids (...), int64.
@@ -185,16 +187,19 @@ def linear_hasa_loss(
         given = constant("false_weights", false_weights).to(acc) * present
 
     def loss_fn(s: RowStatistics, u: Tensor) -> Tensor:
-        z = s.relative("target")
-        some = s.relative("lse") > -torch.inf
-        log_hard = torch.where(some, s.relative("lse@2") - s.relative("lse").detach(), 0.0)
-        hard = torch.where(some, log_hard.exp(), 0.0)
+        z, false = s.relative("target")[:, 0], s.relative("target")[:, 1:]
+        parts = torch.cat([s.relative("lse").unsqueeze(1), false], 1)  # Σ over j is of both
+        some = parts.amax(1) > -torch.inf
+        parts = torch.where(some.unsqueeze(1), parts, 0.0)
+        top = parts.detach().amax(1)  # so that G e^-top is at most 1
+        squares = torch.cat([s.relative("lse@2").unsqueeze(1), 2 * false], 1)
+        squares = torch.where(some.unsqueeze(1), squares, -torch.inf)
+        hard = torch.exp(squares - (parts.logsumexp(1).detach() + top).unsqueeze(1)).sum(1)
         hard = (hard + hard.detach()) / 2  # of e^{2 z} the weights hold one half of the gradient
-        # Of the negatives' e^z, relative to the largest, hard is at most 1: beyond e^80 G < 0.
-        g = hard - tau * (u * z[:, 1:].clamp_max(80).exp()).sum(1)
+        g = hard - tau * (u * (false - top.unsqueeze(1)).exp()).sum(1)
         kept = g > 0
-        log_g = torch.where(kept, torch.where(kept, g, 1.0).log(), math.log(least) - s.shift)
-        return F.softplus(log_g + math.log(s.num_classes / (1 - tau)) - (z[:, 0] - margin),
+        log_g = torch.where(kept, torch.where(kept, g, 1.0).log() + top, math.log(least) - s.shift)
+        return F.softplus(log_g + math.log(s.num_classes / (1 - tau)) - (z - margin),
                           threshold=50)  # fmt: skip
 
     return linear_loss(

@@ -35,7 +35,7 @@ def linear_comp_sum_loss(s: RowStatistics, *, tau: float | Tensor = 1.0) -> Tens
     τ = 2 the mean absolute error 1 - p.
 
     Args:
-        tau: τ, at least 0; the paper has no default. Default: ``1.0``.
+        tau: τ, at least 0; the paper has no default, at 1 it is cross-entropy. Default: ``1.0``.
 
     Note:
         For τ < 1 it grows as p^{τ-1}: beyond the largest float it is inf, as in PyTorch.
@@ -70,7 +70,7 @@ def linear_generalized_cross_entropy_loss(s: RowStatistics, *, q: float | Tensor
 
 @recipe(family=FAMILY, use="robust to symmetric label noise; slow on many classes")
 def linear_mae_loss(s: RowStatistics) -> Tensor:
-    """Mean absolute error of the softmax, up to the factor 2 of its norm.
+    """Mean absolute error of the softmax, half of ‖p - e_y‖₁.
 
     loss = 1 - p
 
@@ -225,9 +225,11 @@ def linear_ldr_loss(s: RowStatistics, *, lam: float = 1.0, margin: float = 2.0) 
         margin: c. Default: ``2.0``.
 
     Note:
-        The authors' code first divides the logits of a row by the mean of their softplus; to get
-        it, pass input rows divided so: ``s = lossops.linear_statistics(x, w, names=("softplus",))``
-        and ``x / (s.softplus / len(w)).unsqueeze(-1)``.
+        The authors' code first divides the logits of a row by the mean of their softplus, or of
+        their absolute values. For the first, pass input rows divided so:
+        ``s = lossops.linear_statistics(x, w, names=("softplus",))`` and
+        ``x / (s.softplus / len(w)).unsqueeze(-1)``, which is a constant of the gradient; the
+        second is no statistic here.
 
     Reference:
         Zhu, Ying, Yang, Label Distributionally Robust Losses for Multi-class Classification:

@@ -17,7 +17,7 @@ from lossops.catalogue.keywords import without
 from lossops.catalogue.powers import expm1, log_1m_exp
 from lossops.catalogue.recipe import ONE_SWEEP, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
-from lossops.inputs import head_inputs, row_weight
+from lossops.inputs import head_inputs, is_ignored, row_weight
 from lossops.linear import linear_loss
 from lossops.schedules import without_autocast
 from lossops.statistics import RowStatistics
@@ -36,12 +36,12 @@ def linear_error_norm_truncation_loss(s: RowStatistics, *, threshold: float) -> 
 
     loss = [‖p - e_y‖ ≤ τ] (-log p)
 
-    The mask is a constant of the gradient. τ = √2 keeps every row: a run begins there and comes
-    down, ``threshold=catalogue.ramp(step, steps, 2**0.5, τ)``. The mean divides by all counted
-    rows, as in the authors' code.
+    The mask is a constant of the gradient. τ = √2 keeps every row: the authors' code begins so and
+    goes over to τ at one step, ``threshold=τ if step > start else 2**0.5``. The mean divides by all
+    counted rows, as there.
 
     Args:
-        threshold: τ, in [0, √2]; it is tuned.
+        threshold: τ, in [0, √2], more is no different; it is tuned.
 
     Reference:
         Li, Xu, Koehn, Khashabi, Murray, Error Norm Truncation: Robust Training in the Presence of
@@ -66,7 +66,8 @@ def linear_error_norm_fraction_loss(
 
     loss = [rank of ‖p - e_y‖ among the n counted rows ≥ ⌊fraction · n⌋] (-log p)
 
-    Rank 0 is the largest; rows whose norm equals that at the cut are kept, as in the authors' code.
+    Rank 0 is the largest; rows whose norm equals that at the cut are kept, as in the authors' code,
+    whose n counts padding too. Begin with ``fraction=0``, as there.
 
     Args:
         fraction: part of the counted rows that is left out, in [0, 1), rounded down.
@@ -185,7 +186,7 @@ def linear_unlikelihood_loss(
 
 
 def previous_tokens(
-    target: Tensor, *, window: int | None = None, ignore_index: int = -100
+    target: Tensor, *, window: int | None = None, ignore_index: int | None = None
 ) -> Tensor:
     """The tokens before each of a sequence, as candidates of `linear_unlikelihood_loss`.
 
@@ -194,7 +195,7 @@ def previous_tokens(
     Args:
         target: ids (..., T).
         window: how many; None for all T. Default: ``None``.
-        ignore_index: ids that are no tokens. Default: ``-100``.
+        ignore_index: id of what is no token; None means -100. Default: ``None``.
 
     Returns:
         Ids (..., T, window).
@@ -214,7 +215,7 @@ def previous_tokens(
     length = target.shape[-1] if window is None else window
     if not target.shape[-1]:
         return target.new_empty(*target.shape, length)
-    tokens = target.masked_fill(target == ignore_index, -1)
+    tokens = target.masked_fill(is_ignored(target, ignore_index), -1)
     padded = F.pad(tokens, (length, 0), value=-1)  # (..., length + T)
     return padded[..., :-1].unfold(-1, length, 1).flip(-1)
 
@@ -297,7 +298,7 @@ def linear_number_token_loss(
         z = x.x.to(acc) @ x.w[ids].to(acc).T  # (N, K)
     z = z if x.scale is None else z * x.scale.to(acc)
     z = z if x.b is None else z + x.b[ids].to(acc)
-    ignored = target == (-100 if head["ignore_index"] is None else head["ignore_index"])
+    ignored = is_ignored(target, head["ignore_index"])
     found = (target.reshape(-1, 1) == ids) & ~ignored.reshape(-1, 1)  # (N, K)
     counted, meant = found.any(1), (found * value).sum(1)
     q = torch.where(counted.unsqueeze(1), z, 0.0).softmax(1)  # what is left out may be NaN
@@ -355,8 +356,8 @@ def linear_meco_loss(s: RowStatistics, *, log_partition: Tensor) -> Tensor:
 
     loss = e^{lse - u} - 1 + u - z_y,   lse over all classes, u its running estimate
 
-    Its gradient is that of lse - z_y with e^z / e^u for softmax: equal to it where u = lse, an
-    upper bound of it elsewhere. `catalogue.running_log_partition` moves u.
+    It is lse - z_y where u = lse, and above it elsewhere; its gradient has e^{z - u} for the
+    softmax. `catalogue.running_log_partition` moves u.
 
     Args:
         log_partition: u, (...); no gradient.

@@ -1,6 +1,6 @@
 """Objectives of tokens: masked diffusion, unlearning to uniform, edit-invariance, membership.
 
-Log-probabilities come from `lossops.linear_statistics`: two sweeps, no logits stored.
+None stores logits. Those that need log-probabilities themselves take `lossops.linear_statistics`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lossops.catalogue.keywords import some
 from lossops.catalogue.preferences import FAMILY, over_sequences
 from lossops.catalogue.recipe import ONE_SWEEP, TWO_SWEEPS, composed, recipe
 from lossops.cross_entropy import linear_cross_entropy
-from lossops.inputs import check_float
+from lossops.inputs import check_float, is_ignored
 from lossops.linear import linear_statistics
 from lossops.reference import accumulate_dtype
 from lossops.statistics import RowStatistics
@@ -110,8 +110,8 @@ def linear_uniform_kl_loss(s: RowStatistics) -> Tensor:
 
     loss = KL(uniform ‖ p) = logsumexp z - z̄ - log V
 
-    The target only says which rows count. As retain loss of ULD: 5 times this on the data to keep,
-    beside cross-entropy on the data to forget.
+    The target says which rows count and, with ``weight``, how much. As retain loss of ULD: 5 times
+    this on the data to keep, beside cross-entropy on the data to forget.
 
     Reference:
         Ji et al., Reversing the Forget-Retain Objectives: An Efficient LLM Unlearning Framework
@@ -143,7 +143,8 @@ def linear_edit_invariant_loss(
     loss_i = -mean_n mean_s Σ_t a_ts G_ts,   G_ts = 1/n Σ_{k < n} log p_{t+k}(y_{s+k})
 
     a = softmax of G over the positions t. Log-probabilities are floored. The authors' code adds
-    Gumbel noise to G inside that softmax: ``gumbel=True``.
+    Gumbel noise to G inside that softmax, ``gumbel=True``, and trains on a weighted sum of this and
+    cross-entropy.
 
     Args:
         input: x, (B, T, D) floating point.
@@ -208,16 +209,17 @@ def min_k_scores(
     k: float,
     normalized: bool = False,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None,
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Min-K% and Min-K%++: how likely a text was in the training data, from its rarest tokens.
 
-    score = mean of the smallest ⌈k T⌉ of log p(y_t), or of (log p(y_t) - μ_t) / σ_t
+    score = mean of the smallest ⌊k T⌋ of log p(y_t), or of (log p(y_t) - μ_t) / σ_t
 
-    μ and σ: mean and deviation of log p under p itself, over the classes.
+    μ and σ: mean and deviation of log p under p itself, over the classes. ⌊k T⌋ is as in the
+    authors' code; of a text so short that it is 0, one token is taken.
 
     Args:
         input: x, (..., T, D) floating point.
@@ -226,7 +228,7 @@ def min_k_scores(
         k: part of the counted tokens, in (0, 1].
         normalized: whether the scores are those of Min-K%++. Default: ``False``.
         linear_bias: b, (V,). Default: ``None``.
-        ignore_index: target id of what is no token. Default: ``-100``.
+        ignore_index: target id of what is no token; None means -100. Default: ``None``.
         logit_scale: factor of x·w. Default: ``None``.
         softcap: logits become softcap·tanh(z / softcap). Default: ``None``.
         backend: ``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
@@ -259,10 +261,10 @@ def min_k_scores(
     score = s.log_p
     if normalized:
         score = (score + s.entropy) / s.variance.sqrt()  # μ = -entropy
-    counted = target != ignore_index
+    counted = ~is_ignored(target, ignore_index)
     ordered = score.masked_fill(~counted, torch.inf).sort(-1).values
-    exact = counted.sum(-1, keepdim=True).double() * k - 1e-6  # 1e-6: 0.28 · 25 is 7
-    number = exact.ceil().clamp_min(1)
+    exact = counted.sum(-1, keepdim=True).double() * k + 1e-6  # 1e-6: 0.29 · 100 is 29
+    number = exact.floor().clamp_min(1)
     taken = torch.arange(score.shape[-1], device=score.device) < number
     total = torch.where(taken, ordered, 0.0).sum(-1) / number.squeeze(-1).to(ordered.dtype)
     return torch.where(counted.any(-1), total, torch.nan)

@@ -47,30 +47,45 @@ def cos_face(
 
 @dense(
     {"scale": 8.0, "margin": 0.5},
-    {"scale": 8.0, "margin": 0.5, "straight_through": True},
+    {"scale": 8.0, "margin": 2.0, "straight_through": True, "guard": False},
+    {"scale": 8.0, "margin": 0.5, "filter_above": 0.3},
     of_features=True,
 )
 def arc_face(
-    x: Tensor, w: Tensor, y: Tensor, scale: float, margin: float, straight_through: bool = False
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    scale: float,
+    margin: float,
+    straight_through: bool = False,
+    guard: bool = True,
+    filter_above: float = 1.0,
 ) -> Tensor:
     c = cosines(x, w)
     own = of_target(c, y)
     inside = own.clamp(-1 + 1e-12, 1 - 1e-12)
-    turned = torch.cos(torch.acos(inside) + margin)
-    moved = torch.where(own > -math.cos(margin), turned, own - margin * math.sin(margin))
+    moved = torch.cos(torch.acos(inside) + margin)
+    if guard:
+        moved = torch.where(own > -math.cos(margin), moved, own - margin * math.sin(margin))
     if straight_through:
         moved = own + (moved - own).detach()
-    return margin_softmax(c, y, scale, moved)
+    return margin_softmax(torch.where(c > filter_above, 0.0, c), y, scale, moved)
 
 
-@dense({"scale": 8.0, "m1": 1.0, "m2": 0.3, "m3": 0.2}, of_features=True)
+@dense(
+    {"scale": 8.0, "m1": 1.0, "m2": 0.3, "m3": 0.2},
+    {"scale": 4.0, "m1": 1.4, "m2": 0.2, "m3": 0.1},
+    of_features=True,
+)
 def combined_margin(
     x: Tensor, w: Tensor, y: Tensor, scale: float, m1: float, m2: float, m3: float
 ) -> Tensor:
     c = cosines(x, w)
     own = of_target(c, y)
     turned = torch.cos(m1 * torch.acos(own.clamp(-1 + 1e-12, 1 - 1e-12)) + m2)
-    moved = torch.where(own > -math.cos(m2), turned, own - m2 * math.sin(m2)) - m3
+    limit = math.cos((math.pi - m2) / m1)  # beyond it a line, which for m1 > 1 meets the curve
+    line = own - m2 * math.sin(m2) if m1 == 1 else own - limit - 1
+    moved = torch.where(own > limit, turned, line) - m3
     return margin_softmax(c, y, scale, moved)
 
 

@@ -1,5 +1,7 @@
 """Contrastive and multi-label losses."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,9 +50,21 @@ def decoupled_contrastive(
     return -weight * cross.diagonal() / temperature + sums.log()
 
 
-@dense({"temperature": 0.1, "margin": 0.1}, {"temperature": 0.2, "margin": 0.0}, leaves=views)
-def nt_xent_margin(first: Tensor, second: Tensor, temperature: float, margin: float) -> Tensor:
+@dense(
+    {"temperature": 0.1, "margin": 0.1},
+    {"temperature": 0.2, "margin": 0.0},
+    {"temperature": 0.2, "margin": 0.0, "angular_margin": 0.3},
+    leaves=views,
+)
+def nt_xent_margin(
+    first: Tensor, second: Tensor, temperature: float, margin: float, angular_margin: float = 0.0
+) -> Tensor:
     s, positive, other = both_views(first, second, temperature)
+    if angular_margin:
+        cosine = temperature * positive
+        turned = torch.cos(torch.acos(cosine) + angular_margin)
+        line = cosine - angular_margin * math.sin(angular_margin)
+        positive = torch.where(cosine > -math.cos(angular_margin), turned, line) / temperature
     moved = positive - margin / temperature
     return -moved + torch.log(moved.exp() + (s.exp() * other).sum(1))
 
@@ -128,17 +142,14 @@ def hasa(
     margin: float = 1.0,
     least: float = 1.0,
 ) -> Tensor:
-    count = z.shape[-1]
+    others = 1 - one_hot(z, y)
+    q = z.detach().masked_fill(others == 0, -torch.inf).softmax(-1)
     taken = (false_negatives >= 0) & (false_negatives != y.unsqueeze(-1))
-    listed = torch.where(taken, false_negatives, count)
-    false = z.new_zeros(len(z), count + 1).scatter(1, listed, 1.0)[:, :-1].bool()
-    others = ~(one_hot(z, y).bool() | false)
-    q = z.detach().masked_fill(~others, -torch.inf).softmax(-1)
     own = z.gather(1, false_negatives.clamp_min(0)).exp() * false_weights * taken
     g = (q * z.exp() * others).sum(-1) - tau * own.sum(-1)
     g = torch.where(g > 0, g, least)
     nu = (of_target(z, y) - margin).exp()
-    return -torch.log(nu / (nu + count / (1 - tau) * g))
+    return -torch.log(nu / (nu + z.shape[-1] / (1 - tau) * g))
 
 
 def positives(draw: Draw) -> dict[str, Tensor]:

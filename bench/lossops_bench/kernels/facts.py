@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from triton.compiler import CompiledKernel
 
@@ -61,9 +60,6 @@ class Facts:
     atomics: int
     fused_doubles: int
     instructions: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 NVIDIA = {
