@@ -19,7 +19,7 @@ import torch
 
 from lossops import switches
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps lossops"
+REBUILD = "in a clone of lossops, pip install --no-build-isolation --force-reinstall --no-deps ."
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

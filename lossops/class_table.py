@@ -60,7 +60,7 @@ class ClassTable(nn.Module):
 
     @property
     def full(self) -> bool:
-        """Whether there is room for another epoch."""
+        """Whether there is no room for another epoch."""
         return self.live == len(self.transforms)
 
     def get_extra_state(self) -> int:

@@ -194,7 +194,8 @@ def linear_cross_entropy(
         lse_square_scale: factor of the squared logsumexp over all classes (the "z-loss" of
             language models); class weights leave it alone. Default: ``0.0``.
         near_threshold: None for exact gradients. A number τ: entries of dz above τ times the
-            factors of their row are exact, the others enter by their sums over rows and columns;
+            factors of their row (in two sweeps, the largest of all rows) are exact, the others
+            enter by their sums over rows and columns;
             `docs/near_far.md` has the errors. ``"auto"`` is 2⁻¹², or what
             ``options.near_target_error`` asks for. Rows whose gradient would not be good that way
             get the exact one. The loss is exact in any case. Default: ``None``.

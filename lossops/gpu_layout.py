@@ -68,7 +68,7 @@ class Kept(NamedTuple):
     def _of(self, output: str) -> Tensor:
         if output == "target":
             assert self.at_target is not None
-            return self.at_target.sub_(self.values[0].unsqueeze(1))
+            return self.at_target
         if output in ID_ROWS:
             return self.ids[ID_ROWS.index(output)]
         if output in FLOAT_ROWS:

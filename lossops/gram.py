@@ -89,7 +89,7 @@ def centred_blocks(
         part = scratch[: rows.stop - start]
         torch.sub(w[rows], mean[:d], out=part[:, :d])
         if b is not None:
-            torch.sub(b[rows], mean[d], out=part[:, d])
+            torch.sub(b[rows], mean[d : d + 1], out=part[:, d])  # mean[d] would not widen b
         yield rows, part
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ from lossops.reference import accumulate_dtype
 from lossops.schedules import LinearLossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
+LEAST_SOFTCAP = 1e-30
+"""Below it, and above 1 / it, quotients of float32 logits by it are no numbers."""
 
 
 class HeadInputs(NamedTuple):
@@ -45,9 +46,12 @@ def head_inputs(
     """
     _check_shapes(input, linear_weight, linear_bias)
     if softcap is not None:
-        check_number("softcap", softcap)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
+        check_constant("softcap", softcap)
+        if not LEAST_SOFTCAP <= softcap <= 1 / LEAST_SOFTCAP:
+            raise ValueError(
+                f"softcap must be None or in [{LEAST_SOFTCAP:g}, {1 / LEAST_SOFTCAP:g}], "
+                f"got {softcap}"
+            )
     scale = _scale(logit_scale, input)
     check_devices(input, linear_weight=linear_weight, linear_bias=linear_bias, logit_scale=scale)
     dtype = _common_dtype(input, linear_weight, linear_bias)
@@ -145,6 +149,11 @@ def class_ids(
     check_index("ignore_index", ignore_index)
     ids = target.to(torch.int64)
     if several and target.ndim == len(lead) + 1 and target.shape[:-1] == lead:
+        if ignore_index is not None:
+            raise ValueError(
+                f"ignore_index is of one target per row, got {ignore_index} with a target of shape "
+                f"{tuple(target.shape)}; rows whose ids are all -1 are ignored"
+            )
         if not target.shape[-1]:
             raise ValueError(
                 f"target must have at least one column, got shape {tuple(target.shape)}; "
@@ -269,6 +278,16 @@ def check_number(name: str, value: object) -> None:
     """Raise a TypeError for what is no number, nor a tensor that holds one."""
     if not isinstance(value, float | int) and not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def check_constant(name: str, value: object) -> None:
+    """Raise for what is no number, or a tensor that wants a gradient which it would not get."""
+    check_number(name, value)
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must be a number, it is not differentiated, got a tensor that wants a "
+            "gradient; detach it"
+        )
 
 
 def check_index(name: str, value: object) -> None:

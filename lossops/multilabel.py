@@ -16,6 +16,7 @@ from torch import Tensor
 from lossops.binary import Binary
 from lossops.inputs import (
     HeadInputs,
+    check_constant,
     check_reduction,
     class_weight,
     head_inputs,
@@ -145,8 +146,10 @@ def linear_asymmetric_loss(
         Ridnik et al., Asymmetric Loss For Multi-Label Classification, arXiv 2009.14119
     """
     for name, gamma in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
+        check_constant(name, gamma)
         if not 0 <= gamma < float("inf"):
             raise ValueError(f"{name} must be at least 0 and finite, got {gamma}")
+    check_constant("clip", clip)
     if not 0 <= clip < 1:
         raise ValueError(f"clip must be in [0, 1), got {clip}")
     head = head_inputs(input, linear_weight, linear_bias, logit_scale, None)
@@ -208,6 +211,8 @@ def linear_cosine_contrastive_loss(
         Mao et al., SimpleX: A Simple and Strong Baseline for Collaborative Filtering,
         arXiv 2109.12613
     """
+    check_constant("margin", margin)
+    check_constant("negative_weight", negative_weight)
     if normalize:
         input, linear_weight = _unit(input), _unit(linear_weight)
     head = head_inputs(input, linear_weight, None, None, None)

@@ -175,8 +175,10 @@ class Certificate:
 
     def __init__(self, xs: Tensor, w: Tensor) -> None:
         groups = [w[first : first + GROUP].to(xs.dtype) for first in range(0, w.shape[0], GROUP)]
-        self.spread_w = torch.stack([spread(g) for g in groups])  # (G,)
-        self.spread_x = torch.stack([spread(xs[rows]) for _, rows in row_slices(len(xs), BLOCK)])
+        blocks = [xs[rows] for _, rows in row_slices(len(xs), BLOCK)]
+        none = xs.new_zeros(0)
+        self.spread_w = torch.stack([spread(g) for g in groups]) if groups else none  # (G,)
+        self.spread_x = torch.stack([spread(x) for x in blocks]) if blocks else none
         self.dx = xs.new_zeros(())  # squared
         self.dw = torch.zeros_like(self.spread_w)  # by group
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lossops.binary import Binary
 from lossops.inputs import (
     HeadInputs,
+    check_constant,
     check_tensor,
     checked_options,
     head_inputs,
@@ -208,6 +209,7 @@ def softmax_pairwise_loss(
     ):  # fmt: skip
         if direction == side and given is not None:
             raise ValueError(f"direction={side!r} has no use for {name}; leave it out")
+    check_constant("angular_margin", angular_margin)
     options = None if options is None else checked_options(options)
     head = _pair_inputs(image_features, text_features, logit_scale, batch_group is not None)
     n, m = head.x.shape[0], head.w.shape[0]

@@ -139,7 +139,7 @@ def overall_argmax(values: dict[str, Tensor], target: Tensor | None) -> Tensor:
     best = values["argmax"]
     if target is None:
         return best
-    y, z = target[:, 0], values["target"].reshape(best.shape)
+    y, z = target[:, 0], values["target"].reshape(best.shape) - values["shift"]
     first = (z > values["max"]) | ((z == values["max"]) & (y < best)) | (best < 0)
     return torch.where(first & (y >= 0), y, best)
 

@@ -357,7 +357,7 @@ def _block_statistics(
     for name in names:
         if name == "target":
             assert target is not None
-            found["target"] = gather(rel, target)
+            found["target"] = gather(z, target)
         elif name == "lse":
             found["lse"] = logsumexp(neg)
         elif name == "entropy":
@@ -437,12 +437,13 @@ def target_gradient(
     assert target is not None
     stat = dict(zip(outputs(names), statistics, strict=True))
     coef = dict(zip(outputs(names), coefficients, strict=True))
-    rel, absent, ids = stat["target"], target < 0, target.clamp_min(0)
+    z, absent, ids = stat["target"], target < 0, target.clamp_min(0)
     dz = coef["target"]
-    dz = torch.zeros_like(rel) if dz is None else dz.clone()
+    dz = torch.zeros_like(z) if dz is None else dz.clone()
     if (c := coef.get("average")) is not None:
         dz += (c / num_classes).unsqueeze(1)
     if (c := coef.get("moment")) is not None:
+        rel = z - stat["shift"].unsqueeze(1)
         dz += 2 * c.unsqueeze(1) * (rel - stat["average"].unsqueeze(1))
     if (c := coef.get("weighted_sum")) is not None and class_vector is not None:
         dz += c.unsqueeze(1) * class_vector.to(dz.dtype)[ids]
@@ -451,7 +452,7 @@ def target_gradient(
         t = t if class_vector is None else t * class_vector.to(dz.dtype)[ids]
         dz += c.unsqueeze(1) * t
     if softcap:
-        dz *= 1 - ((rel + stat["shift"].unsqueeze(1)) / softcap).square()
+        dz *= 1 - (z / softcap).square()
     return dz.masked_fill(absent, 0.0)
 
 

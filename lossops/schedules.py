@@ -150,14 +150,13 @@ def kept_dtype(softcap: float, names: Sequence[str], wanted: Sequence[str]) -> t
     if softcap or any(n.startswith("lse<") for n in names):
         return None
     temperatures = [float(n[4:]) for n in names if n.startswith("lse@")]
-    again = {"entropy", "variance", "below_target"}.intersection(
-        names
-    )  # these take z a second time
+    linear = {"sumsq", "variance"}.intersection(names)  # dz is a multiple of z
+    again = {"entropy", "variance", "below_target"}.intersection(names)  # z a second time
     if "lse" in names and not temperatures and not again and {"lse", "target"}.issuperset(wanted):
         return torch.bfloat16
     absolute = {"softplus", "stable_sum"}.intersection(names)
-    relative = temperatures or {"lse", "entropy", "variance", "sumsq"}.intersection(names)
-    if max(temperatures, default=0.0) > 4 or (absolute and relative):
+    relative = temperatures or {"lse", "entropy"}.intersection(names)
+    if linear or max(temperatures, default=0.0) > 4 or (absolute and relative):
         return None
     return torch.float16
 

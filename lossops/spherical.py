@@ -552,8 +552,8 @@ def _from_statistics(
     """Losses (R,) in the accumulate dtype from statistics relative to their row shift."""
     wide = gram.wide_dtype(ids.device)
     values = {name: value.to(wide) for name, value in stats.values.items()}
-    target = values["target"].reshape(ids.shape) - values["average"].unsqueeze(1)
     average = values["average"] + values["shift"]
+    target = values["target"].reshape(ids.shape) - average.unsqueeze(1)
     found: Tensor = row_losses(target, average, values["moment"], ids, stats.num_classes)
     return found.to(stats.shift.dtype)
 

@@ -1,8 +1,9 @@
 """Row statistics: what the engine can collect from each row of logits, and what follows from it.
 
-Every tensor a backend returns is relative to the row's ``shift`` m, the largest logit of the
-negatives (0 where that is not finite): with logits near 1e4 an absolute float32 ``lse`` would cost
-5e-4 of loss, a relative one 1e-6.
+Every tensor a backend returns but the targets' logits is relative to the row's ``shift`` m, the
+largest logit of the negatives (0 where that is not finite): with logits near 1e4 an absolute
+float32 ``lse`` would cost 5e-4 of loss, a relative one 1e-6. The targets' logits stay as they are:
+far above negatives that are all masked with -1e9 they would lose all digits.
 
     q_j = exp(z_j - lse), j not a target        z̄ = (Σ_j z_j) / V
 
@@ -137,7 +138,8 @@ class RowStatistics:
     them. Every attribute but the ids is differentiable.
 
     Attributes:
-        values: relative tensors by output name, each (N,), ``target`` (N,) or (N, K).
+        values: tensors by output name, each (N,), ``target`` (N,) or (N, K); relative to the
+            shift but for ``target``, which would lose its digits far above all negatives.
         num_classes: V.
         class_vector_sum: Σ_j a_j, () or None.
         teacher_sum: Σ_j t_j a_j, (N,) or None.
@@ -160,7 +162,8 @@ class RowStatistics:
     def relative(self, output: str) -> Tensor:
         """The stored tensor ``output``, relative to ``shift``; names as in ``STATISTICS``."""
         try:
-            return self.values[output]
+            value = self.values[output]
+            return self._above(value, self.shift) if output == "target" else value
         except KeyError:
             asked = next((n for n, s in STATISTICS.items() if output in s.outputs), output)
             raise AttributeError(
@@ -173,13 +176,17 @@ class RowStatistics:
         return self.values["shift"]
 
     def _absolute(self, output: str) -> Tensor:
-        value = self.relative(output)
-        return value + (self.shift.unsqueeze(-1) if value.ndim > self.shift.ndim else self.shift)
+        return self.relative(output) + self.shift
+
+    def _above(self, target: Tensor, level: Tensor) -> Tensor:
+        """Targets (N,) or (N, K) minus a level (N,)."""
+        return target - (level.unsqueeze(-1) if target.ndim > level.ndim else level)
 
     @property
     def target(self) -> Tensor:
         """Logit of the target, (N,), or (N, K) with -inf where there is none."""
-        return self._absolute("target")
+        self.relative("target")  # where it is missing, the error says what to do
+        return self.values["target"]
 
     @property
     def lse(self) -> Tensor:
@@ -281,9 +288,9 @@ class RowStatistics:
     @property
     def log_p(self) -> Tensor:
         """log softmax of the target(s) over all classes, (N,) or (N, K)."""
-        target = self.relative("target")
-        if target.ndim > self.shift.ndim:
-            return target - self.relative_logsumexp.unsqueeze(-1)
+        if self.target.ndim > self.shift.ndim:
+            level, logsumexp = self._with_targets()
+            return self._above(self.target, level) - logsumexp.unsqueeze(-1)
         return F.logsigmoid(self.target_minus_lse)
 
     @property
@@ -304,18 +311,37 @@ class RowStatistics:
     def relative_logsumexp(self) -> Tensor:
         """``logsumexp - shift``, (N,), without the cancellation."""
         lse = self.relative("lse")
-        target = self.values.get("target")
-        if target is None:
+        if "target" not in self.values:
             return lse
-        if target.ndim > self.shift.ndim:
-            return torch.logsumexp(torch.cat([target, lse.unsqueeze(-1)], -1), -1)
-        # Either branch is exact; the one that adds to the larger term never meets inf - inf.
-        return torch.where(target > lse, target - self.log_p, lse - self.log_1mp)
+        if self.target.ndim > self.shift.ndim:
+            level, logsumexp = self._with_targets()
+            return logsumexp + (level - self.shift)
+        return self._joined(self.relative("target"), lse)
 
     @property
     def logsumexp(self) -> Tensor:
         """log Σ e^{z_j} over all classes, (N,)."""
-        return self.relative_logsumexp + self.shift
+        lse = self._absolute("lse")
+        if "target" not in self.values:
+            return lse
+        if self.target.ndim > self.shift.ndim:
+            level, logsumexp = self._with_targets()
+            return logsumexp + level
+        return self._joined(self.target, lse)
+
+    def _joined(self, target: Tensor, lse: Tensor) -> Tensor:
+        """Of one target and the negatives, relative to whatever both of them are."""
+        # Either branch is exact; the one that adds to the larger term never meets inf - inf.
+        return torch.where(self.target_minus_lse > 0, target - self.log_p, lse - self.log_1mp)
+
+    def _with_targets(self) -> tuple[Tensor, Tensor]:
+        """Of several targets: a level (N,), the largest logit, and logsumexp relative to it."""
+        target, shift = self.target, self.shift
+        level = torch.maximum(target.detach().amax(-1), shift)
+        level = torch.where(level.isfinite(), level, shift)
+        others = self.relative("lse") + (shift - level)
+        parts = torch.cat([self._above(target, level), others.unsqueeze(-1)], -1)
+        return level, torch.logsumexp(parts, -1)
 
     @property
     def entropy(self) -> Tensor:
@@ -442,10 +468,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
         if name == "shift" or name in INDEX_OUTPUTS or name in out:
             continue
         if name == "target":
-            wide = la.ndim > shift.ndim
-            out[name] = torch.maximum(
-                la + (da.unsqueeze(-1) if wide else da), lb + (db.unsqueeze(-1) if wide else db)
-            )
+            out[name] = torch.maximum(la, lb)
         elif name == "lse":
             out[name] = logaddexp(la + da, lb + db)
         elif is_log_sum(name):

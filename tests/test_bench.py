@@ -244,7 +244,7 @@ def test_without_its_extra_the_command_says_how_to_install_it(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert name in said
-    assert "pip install 'lossops[bench]'" in said
+    assert "pip install '.[bench]'" in said
 
 
 def test_a_long_problem_in_parts_is_the_whole(monkeypatch):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -513,6 +514,89 @@ def test_5_nothing_counted_is_loss_zero_and_gradient_zero(
         lambda z: lossops.cross_entropy(z, y, reduction=reduction, backend=backend, **options), [z]
     )
     assert not any(value.any() for value in found)
+
+
+def masked(case: str, position: int, mask: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Classes that are masked with a finite number: one, or all but the legal ones."""
+    x, w, _, y = make_inputs(7, 131, 33, torch.float64, spread=2.0)
+    y = torch.where(y == position, position + 1, y)
+    b = torch.zeros(131, dtype=torch.float64)
+    if position >= 0:
+        b[position] = mask
+    else:
+        b, y = torch.full_like(b, mask), torch.full_like(y, 100)
+        b[100], b[101] = 0.0, 0.0 if case == "several targets" else mask
+    t = torch.rand(7, 131, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = t * (b == 0)
+    leaves = [v.to(dtype) for v in (x, w, b)]
+    return {"leaves": leaves, "y": y, "t": (t / t.sum(1, keepdim=True)).to(dtype),
+            "a": torch.where(b == 0, 0.5, 0.0).to(dtype)}  # fmt: skip
+
+
+MASKED: dict[str, tuple[Any, Any]] = {
+    "probabilities": (
+        lambda x, w, b, i, own: lossops.linear_cross_entropy(x, w, i["t"], linear_bias=b, **own),
+        lambda z, i: F.cross_entropy(z, i["t"]),
+    ),
+    "probabilities, logits": (
+        lambda x, w, b, i, own: lossops.cross_entropy(x @ w.T + b, i["t"], **own),
+        lambda z, i: F.cross_entropy(z, i["t"]),
+    ),
+    "smoothing": (
+        lambda x, w, b, i, own: lossops.linear_cross_entropy(
+            x, w, i["y"], linear_bias=b, weight=i["a"], label_smoothing=0.1, **own
+        ),
+        lambda z, i: F.cross_entropy(z, i["y"], i["a"], label_smoothing=0.1),
+    ),
+    "smoothing of masks, too": (
+        lambda x, w, b, i, own: lossops.linear_cross_entropy(
+            x, w, i["y"], linear_bias=b, label_smoothing=0.1, **own
+        ),
+        lambda z, i: F.cross_entropy(z, i["y"], label_smoothing=0.1),
+    ),
+    "lse²": (
+        lambda x, w, b, i, own: lossops.linear_cross_entropy(
+            x, w, i["y"], linear_bias=b, lse_square_scale=1.0, **own
+        ),
+        lambda z, i: F.cross_entropy(z, i["y"]) + z.logsumexp(1).square().mean(),
+    ),
+    "several targets": (
+        lambda x, w, b, i, own: lossops.linear_loss(
+            x, w, torch.stack([i["y"], i["y"] + 1], 1), lambda s: -s.log_p[:, 0] + s.logsumexp,
+            linear_bias=b, **own,
+        ),
+        lambda z, i: F.cross_entropy(z, i["y"]) + z.logsumexp(1).mean(),
+    ),
+    "statistics": (
+        lambda x, w, b, i, own: lossops.linear_loss(
+            x, w, i["y"], lambda s: s.logsumexp - s.target / 2, linear_bias=b, **own
+        ),
+        lambda z, i: (z.logsumexp(1) - z.gather(1, i["y"][:, None])[:, 0] / 2).mean(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30])
+@pytest.mark.parametrize(
+    ("case", "position"),
+    # Of one legal class there are no probabilities.
+    [(c, p) for c in MASKED for p in (0, 5, -1) if p >= 0 or "probabilities" not in c],
+)
+def test_5_classes_masked_with_a_finite_number(
+    case: str, position: int, mask: float, backend: str
+) -> None:
+    """Others keep their digits: sums are not relative to a mask, nor targets to masks alone."""
+    ours, plain = MASKED[case]
+    given = masked(case, position, mask, torch.float32)
+    leaves = given["leaves"]
+    wide = {"y": given["y"], "t": given["t"].double(), "a": given["a"].double()}
+    found = value_and_gradients(lambda *t: ours(*t, given, {"backend": backend}), leaves)
+    dense = value_and_gradients(lambda x, w, b: plain(x @ w.T + b, given), leaves)
+    exact = value_and_gradients(
+        lambda x, w, b: plain(x @ w.T + b, wide), [t.double() for t in leaves]
+    )
+    for what, a, b, c in zip(("loss", "dx", "dw", "db"), found, dense, exact, strict=True):
+        assert_no_worse(f"{case} {what}", a, b, c)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

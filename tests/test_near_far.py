@@ -514,6 +514,20 @@ def test_compiles_into_one_graph() -> None:
         assert torch.equal(g, t)
 
 
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_certificate_of_no_rows(rows: int) -> None:
+    """Bounds of a gradient that is 0: of no rows, or of rows that are all ignored."""
+    x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(50, 8)
+    found = lossops.linear_cross_entropy(
+        x, w, torch.full((rows,), -100), near_threshold="auto", outputs=("near_far",),
+        options=LinearLossOptions(near_certificate=True),
+    )  # fmt: skip
+    found.loss.backward()
+    assert found.loss == 0
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
 def test_what_is_refused() -> None:
     x, w, y = trained(n=8)
     loss = lossops.linear_cross_entropy

@@ -77,7 +77,7 @@ def test_sdist_holds_all_that_a_build_and_a_test_run_need(archives):
     wanted = (
         sources("lossops", "*.py", "*.pyi") | sources("bench", "*.py") | sources("tests", "*.py")
     )
-    wanted |= sources("csrc", "*.cpp", "*.cu", "*.h") | sources("kernels", "*.py", "*.md")
+    wanted |= sources("csrc", "*.cpp", "*.cu", "*.h", "*.md") | sources("kernels", "*.py", "*.md")
     wanted |= sources("tests", "*.cpp", "*.cu", "*.h", "*.json")
     wanted |= {"lossops/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
     wanted |= {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "requirements-dev.txt", ".ci/run"}
@@ -104,7 +104,7 @@ def test_wheel_depends_on_torch_alone(archives):
         scripts = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert required == ["torch>=2.13"]
-    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "lossops-bench = lossops_bench:main" in scripts
 

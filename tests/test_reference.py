@@ -281,7 +281,7 @@ def test_a_table_of_infinities_and_ties_worked_by_hand() -> None:
     s = dict(zip(outputs(names), found, strict=True))
     table = {
         "shift": (5, 0, 7, 1),  # of row 1, where only the target is finite: 0 by convention
-        "target": (0, 2, -inf, -inf),
+        "target": (5, 2, -inf, -inf),  # as it is
         "lse": (0, -inf, ln(3), ln(2)),
         "mean": (0, 0, 0, 0),
         "max": (0, -inf, 0, 0),
@@ -330,7 +330,7 @@ def test_statistics_are_relative_to_a_shift_that_takes_all_of_an_offset() -> Non
     here = reference.logits_statistics(z, target, None, t, names)
     there = reference.logits_statistics(z + 1e4, target, None, t, names)
     for output, a, b in zip(outputs(names), here, there, strict=True):
-        moved = a + 1e4 if output == "shift" else a
+        moved = a + 1e4 if output in ("shift", "target") else a
         torch.testing.assert_close(b, moved, rtol=0, atol=1e-11, msg=output)
 
 
@@ -341,7 +341,8 @@ def test_half_precision_logits_are_float32_from_the_product_on() -> None:
     )
     assert {s.dtype for s in stats} == {torch.float32}
     z = F.linear(x.double(), w.double(), b.double())
-    log_p = F.logsigmoid(stats[1][:, 0] - stats[2])
+    shift, target, lse = stats
+    log_p = F.logsigmoid(target[:, 0] - shift - lse)
     torch.testing.assert_close(log_p.double(), -F.cross_entropy(z, y, reduction="none"))
 
 

@@ -146,6 +146,17 @@ def test_gradients_by_finite_differences(name, mode):
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gram_mode_rounds_no_bias_again(dtype):
+    """A bias in half precision meets the mean of the weights in the accumulate dtype."""
+    x, w = (0.1 * torch.randn(64, 16)).to(dtype), (0.1 * torch.randn(33, 16)).to(dtype)
+    b, y = torch.randn(33).to(dtype), torch.randint(0, 33, (64,))
+    loss = lossops.linear_spherical_mse_loss
+    true = loss(x.double(), w.double(), y, linear_bias=b.double(), mode="sweep")
+    found = loss(x, w, y, linear_bias=b, mode="gram")
+    torch.testing.assert_close(found.double(), true, rtol=1e-6, atol=0)
+
+
 @EVERY_MODE
 def test_features_made_from_the_weight(mode):
     """Tied weights: with create_graph the path through x counts once."""

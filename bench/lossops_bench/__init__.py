@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 EXTRA = ("typer", "rich", "matplotlib", "psutil")
-INSTALL = "pip install 'lossops[bench]'"
+INSTALL = "pip install '.[bench]' in a clone of lossops"
 
 
 def main() -> None:

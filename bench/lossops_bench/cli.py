@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +31,7 @@ from lossops_bench.shapes import SHAPES, Shape, parse_shape
 __all__ = ["build_app"]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """The dtypes of inputs, as typed on the command line."""
 
     float32 = "float32"
@@ -40,7 +40,7 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """What is timed: the loss with its gradients, or the loss alone without any."""
 
     training = "training"

@@ -73,7 +73,7 @@ def rows(report: Report) -> list[Row]:
     """One flat dictionary per rival, each complete in itself."""
     problem, shape = report.problem, report.problem.shape
     setting: Row = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "case": report.case.name,
         "mode": problem.mode,
         "shape_name": shape.name,

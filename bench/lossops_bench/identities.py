@@ -216,7 +216,7 @@ def identities_command(
     lr: Annotated[float, Option(help="Of the centres, at the start.")] = Options.lr,
     seed: Annotated[int, Option(help="Of identities, pictures and weights.")] = 0,
     out: Annotated[Path, Option(help="Folder of curves, table and checkpoints.")] = Path(
-        "lossops-identities"
+        "identities-results"
     ),
 ) -> None:
     """Train an identity classifier with Partial FC; several sample rates side by side."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,7 +53,7 @@ TWO = lossops.LinearLossOptions(schedule="two_sweeps")
 PATIENCE = 600.0
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """The dtypes of x and w, as typed on the command line."""
 
     float32 = "float32"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -51,14 +51,14 @@ TOLERANCE = {
 """What roundings of a result and of the ranks' parts of it may change of the largest entry."""
 
 
-class LossName(str, Enum):
+class LossName(StrEnum):
     """The losses, as typed on the command line."""
 
     sigmoid = "sigmoid"
     softmax = "softmax"
 
 
-class Exchange(str, Enum):
+class Exchange(StrEnum):
     """How lossops brings the other ranks' features here, as typed on the command line."""
 
     ring = "ring"

@@ -1,4 +1,4 @@
-// The four primitives on x and w: a tile of logits by GEMM, then the row passes while it is in
+// The primitives on x and w: a tile of logits by GEMM, then the row passes while it is in
 // cache.
 //
 // GEMMs of 2 N D V operations: statistics 1, chunk gradient 2, two-sweep gradient 3. Bytes beyond
@@ -57,16 +57,15 @@ bool exponentials_suffice(double softcap, const Names& names, const Names& wante
 
 // Whether the logits of a call may be rounded without changing the gradient by much more than the
 // rounding of dz does. Not at the step of a limit, nor where a softcap saturates or a temperature
-// multiplies the error; and sums that read z itself want another origin than those that read
-// z - shift.
+// multiplies the error; not where dz is a multiple of z, however small or far from the origin it
+// is; and sums that read z itself want another origin than those that read z - shift.
 bool logits_may_be_rounded(double softcap, const Names& names) {
   bool absolute = false, relative = false;
   for (const std::string& name : names) {
-    if (name.starts_with("lse<")) return false;
+    if (name.starts_with("lse<") || name == "sumsq" || name == "variance") return false;
     if (name.starts_with("lse@") && std::stod(name.substr(4)) > kLargestTemperature) return false;
     absolute |= name == "softplus" || name == "stable_sum";
-    relative |= is_log_sum(name) || name == "lse" || name == "entropy" || name == "variance" ||
-                name == "sumsq";
+    relative |= is_log_sum(name) || name == "lse" || name == "entropy";
   }
   return softcap == 0 && !(absolute && relative);
 }

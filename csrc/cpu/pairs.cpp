@@ -192,7 +192,9 @@ Tensors pair_statistics_of(const Head& head, int64_t tile) {
   const auto options = head.x.options().dtype(kDtype<S>);
   const Tensor shift = at::empty({head.w.size(0)}, options), lse = at::empty_like(shift);
   columns.finish(shift.template data_ptr<S>(), lse.template data_ptr<S>());
-  const Tensor target = head.target ? tensors[1] : at::empty({head.x.size(0), 0}, options);
+  // Of pairs the targets' logits are relative to the shift, too.
+  const Tensor target = head.target ? tensors[1].sub_(tensors[0].unsqueeze(1))
+                                    : at::empty({head.x.size(0), 0}, options);
   return {tensors[0], tensors.back(), shift, lse, target};
 }
 

@@ -40,8 +40,8 @@ struct RowState {
   bool seen = false;  // a finite negative: `shift` or `offset` is set
   double shift = 0;   // what the sums are relative to: the maximum, or the offset's logit
   Offset offset;      // that of exponentials which are kept
-  bool placed = false, fixed = false;
-  S origin = 0;  // what logits which are kept are relative to, once placed; moves unless fixed
+  bool placed = false;
+  S origin = 0;  // what logits which are kept are relative to, once placed
   S first_target = -kInf<S>;
   bool knows_target = false;  // before its tile
   bool mistaken = false;      // and it turned out to be another
@@ -57,12 +57,25 @@ struct RowState {
   explicit RowState(size_t log_sum_count) : log_sums(log_sum_count) {}
 };
 
+// What sums over a tile are relative to, so that they stay small whatever its logits have in
+// common: the first of them, or the largest where that is far above it. Relative to the -1e9 of a
+// class that is masked all others would be the same.
+template <typename S>
+inline S pivot_of(const S* z, int64_t n) {
+  constexpr S kFar = 64;
+  const S top = largest(z, n);
+  if (!std::isfinite(top)) return 0;
+  return top - z[0] <= kFar ? z[0] : top;
+}
+
 // Statistics over all classes of the tile: the targets are still in place.
 template <typename S>
 inline void collect_all(const Task<S>& task, const Fields<S>& out, RowState<S>& state, int64_t row,
                         const S* z, int64_t first, int64_t n, S* scratch) {
-  // Relative to one of its logits the sums of a tile stay small whatever they have in common.
-  const S pivot = std::isfinite(z[0]) ? z[0] : S(0);
+  const bool any = out.average != nullptr || out.moment != nullptr || out.weighted_sum != nullptr ||
+                   out.teacher != nullptr;
+  if (!any) return;
+  const S pivot = pivot_of(z, n);
   if (out.average != nullptr || out.moment != nullptr) {
     const double tile_total = total(z, n, pivot) + static_cast<double>(pivot) * n;
     const S mean = static_cast<S>(tile_total / n);
@@ -170,19 +183,14 @@ inline void raise_shift(const Task<S>& task, RowState<S>& state, S top, const Ke
 }
 
 // Rounds the tile z of a row to its place, relative to an origin where the gradient needs most
-// digits: 0 for sums that read z itself; for squares the mean of the first tile; else the row's
-// first finite maximum, moved up with what is there where a later one is too far above.
+// digits: 0 for sums that read z itself; else the row's first finite maximum, moved up with what is
+// there where a later one is too far above.
 template <typename S>
 inline void keep_logits(const Fields<S>& out, RowState<S>& state, const Kept& keep, int64_t row,
                         const S* z, int64_t first, int64_t n) {
   at::Half* to = keep.logits + row * keep.stride;
   const bool absolute = out.softplus != nullptr || out.stable_sum != nullptr;
-  const S mean = static_cast<S>(state.moments.total / state.moments.count);
-  if (out.moment != nullptr && !state.placed && std::isfinite(mean)) {
-    state.placed = state.fixed = true;
-    state.origin = mean;
-  }
-  if (!absolute && !state.fixed && std::isfinite(state.top) &&
+  if (!absolute && std::isfinite(state.top) &&
       (!state.placed || state.top - state.origin > kOriginHeadroom)) {
     if (state.placed) add(to, first, static_cast<float>(state.origin - state.top));
     state.placed = true;
@@ -236,7 +244,8 @@ inline void collect(const Task<S>& task, const Fields<S>& out, RowState<S>& stat
   state.softmax.squares += tile.squares;
 }
 
-// Writes a row's statistics, relative to the largest negative m.
+// Writes a row's statistics, relative to the largest negative m; the targets' logits, which may be
+// so far above it that they would lose their digits, stay as they are.
 template <typename S>
 inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>& state,
                    int64_t row) {
@@ -271,11 +280,6 @@ inline void finish(const Task<S>& task, const Fields<S>& out, const RowState<S>&
   put(out.stable_sum, state.stable);
   put(out.weighted_sum, state.vector_total - m * state.vector_sum);
   put(out.teacher, state.teacher_total - m * state.teacher_sum);
-  if (out.target == nullptr) return;
-  for (int64_t k = 0; k < task.targets; ++k) {
-    S& target = out.target[row * task.targets + k];
-    target -= m;
-  }
 }
 
 }  // namespace lossops

@@ -26,13 +26,13 @@ S target_gradient(const Chain<S>& chain, int64_t row, int64_t k) {
   TORCH_CHECK(logits != nullptr || (!(chain.terms & kMoment) && task.cap == 0),
               "this gradient needs the statistic 'target', got names without it; add it");
   const int64_t i = row * task.targets + k, y = task.target_row(row)[k];
-  const S rel = logits != nullptr ? logits[i] : S(0);
+  const S z = logits != nullptr ? logits[i] : S(0);
   const S a = task.class_vector != nullptr ? task.class_vector[y] : S(1);
   S t(0);
   if (chain.terms & kTeacher) task.teacher.load(row, y, 1, &t);
-  S value = basis.dense(chain.terms, rel, a, t * a);
+  S value = basis.dense(chain.terms, z - basis.shift, a, t * a);
   if (chain.coefficient.target != nullptr) value += chain.coefficient.target[i];
-  if (task.cap != 0) value *= softcap_slope(rel + basis.shift, task.cap);
+  if (task.cap != 0) value *= softcap_slope(z, task.cap);
   return value;
 }
 

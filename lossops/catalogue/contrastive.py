@@ -53,11 +53,11 @@ def decoupled_contrastive_loss(
 ) -> Tensor:
     """Decoupled contrastive learning (DCL, DCLW), of the first view against both.
 
-    loss_i = -a_i s_ii / T + log Σ_{j ≠ i} (e^{s_ij / T} + e^{r_ij / T})
+    loss_i = -a_i s_ii / T + log Σ_{j ≠ i} (e^{s_ij / T} + e^{r_ij / T}),
+    s first by second, r first by first, a_i = 1 or 2 - N softmax_i(s_ii / σ)
 
-    s: first by second, r: first by first; a = 1, or with ``weight_temperature`` σ (DCLW; the
-    authors take 0.5) a_i = 2 - N softmax_i(s_ii / σ). The authors add the loss with the views
-    exchanged.
+    a is 1, or with ``weight_temperature`` σ that of DCLW, whose authors take 0.5. They add the loss
+    with the views exchanged.
 
     Args:
         first: features of one view, (N, D) floating point.
@@ -163,9 +163,10 @@ def debiased_contrastive_loss(
 ) -> Tensor:
     """Debiased contrastive loss: the share of positives among the negatives is taken out.
 
-    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j; 0 for the one pair of N = 1
-
+    loss_i = log(1 + G_i / e^{s_ip / T}),
     G_i = max((Σ_j e^{s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺), n e^{-1/T})
+
+    j runs over the n = 2 N - 2 negatives of i, p is its other view; 0 for the one pair of N = 1.
 
     Args:
         first: features of one view, (N, D) floating point, normalised.
@@ -208,13 +209,12 @@ def hard_negative_contrastive_loss(
 ) -> Tensor:
     """Hard-negative contrastive loss: negatives weigh more the closer they are.
 
-    loss_i = log(1 + G_i / e^{s_ip / T}),   n = 2 N - 2 negatives j
-
+    loss_i = log(1 + G_i / e^{s_ip / T}),
     G_i = max((n Σ_j e^{(1+β) s_ij / T} / Σ_j e^{β s_ij / T} - n τ⁺ e^{s_ip / T}) / (1 - τ⁺),
     n e^{-1/T})
 
-    The gradient goes through the weights, as in the authors' code; β = 0 is
-    `debiased_contrastive_loss`.
+    j runs over the n = 2 N - 2 negatives of i, p is its other view. The gradient goes through the
+    weights, as in the authors' code; β = 0 is `debiased_contrastive_loss`.
 
     Args:
         first: features of one view, (N, D) floating point, normalised.

@@ -72,8 +72,9 @@ def linear_distillation_loss(
         beta: β of ``"jsd"``, in (0, 1). Default: ``0.5``.
 
     Note:
-        The logits of R rows of both at a time, 8·R·V bytes, at most 272 MiB. The student's 3 GEMMs
-        and the teacher's one; row by row (``reduction="none"``) 1 and 1 more.
+        The logits of R rows of both at a time, 8·R·V bytes: at most 272 MiB, on a GPU twice as
+        much, but at least 64 rows. The student's 3 GEMMs and the teacher's one; row by row
+        (``reduction="none"``) 1 and 1 more.
 
     Example:
         >>> import torch, lossops

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from lossops.catalogue.keywords import FACE, POSITIONAL, RAISES, Keywords
+from lossops.catalogue.keywords import FACE, NOTE, POSITIONAL, RAISES, Keywords
 
 SECTIONS = ("Args", "Returns", "Raises", "Note", "Example", "Reference")
 WIDTH = 96
@@ -32,6 +33,7 @@ def face_docstring(
     positional: tuple[str, ...],
     own: Mapping[str, inspect.Parameter],
     head: Keywords,
+    memory: str,
     example: Mapping[str, Any],
 ) -> str:
     """The docstring of a face, in the order of all docstrings here."""
@@ -45,7 +47,7 @@ def face_docstring(
         "Args": "\n".join(lines),
         "Returns": given.get("Returns", FACE),
         "Raises": given.get("Raises", RAISES),
-        "Note": given.get("Note", ""),
+        "Note": "\n".join([*([given["Note"]] if "Note" in given else []), NOTE, *_wrapped(memory)]),
         "Example": given.get("Example") or _example(name, positional, example),
         "Reference": given.get("Reference", ""),
     }
@@ -95,6 +97,11 @@ def _example(name: str, positional: tuple[str, ...], example: Mapping[str, Any])
         ">>> x.grad.shape\n"
         "torch.Size([4, 8])"
     )
+
+
+def _wrapped(memory: str) -> list[str]:
+    """What is held beyond inputs and gradients, and the products, as lines."""
+    return textwrap.wrap(f"Memory beyond inputs and gradients, and cost: {memory}.", WIDTH - 4)
 
 
 def _entry(name: str, words: str) -> str:

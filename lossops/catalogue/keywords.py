@@ -49,6 +49,8 @@ POSITIONAL = {
 }
 
 FACE = 'Scalar, or (...) for ``reduction="none"``; float32 (float64 for float64 inputs).'
+NOTE = """\
+Accumulated in float32, float64 for float64 inputs; same bits for same inputs and threads."""
 RAISES = "ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V)."
 
 

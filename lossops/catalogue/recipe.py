@@ -228,7 +228,7 @@ def _enter(
     face.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
     face.__annotations__["return"] = signature.return_annotation
     doc = function.__doc__ or ""
-    face.__doc__ = face_docstring(name, doc, positional, own, head, example)
+    face.__doc__ = face_docstring(name, doc, positional, own, head, memory, example)
     module = _module(face, name, doc, own, head, positional)
     short = name.removeprefix("linear_").removesuffix("_loss")
     RECIPES[short] = Recipe(

@@ -42,10 +42,10 @@ def ge2e_loss(
 ) -> Tensor:
     """Generalised end-to-end loss: each utterance against the centroids of all speakers.
 
-    s_ji,k = w cos(e_ji, c_k) + b,   c_j for k = j without utterance i itself
+    loss_ji = -s_ji,j + log Σ_k e^{s_ji,k} or 1 - σ(s_ji,j) + max_{k ≠ j} σ(s_ji,k),
+    s_ji,k = w cos(e_ji, c_k) + b
 
-    loss_ji = -s_ji,j + log Σ_k e^{s_ji,k} (``"softmax"``) or
-    1 - σ(s_ji,j) + max_{k ≠ j} σ(s_ji,k) (``"contrast"``)
+    The first is ``"softmax"``, the second ``"contrast"``. c_j for k = j is without utterance i.
 
     The paper sums over utterances: ``reduction="sum"``.
 

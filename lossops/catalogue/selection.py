@@ -267,11 +267,11 @@ def linear_number_token_loss(
 ) -> Tensor:
     """Number token loss: cross-entropy, and the distance of the number meant to those predicted.
 
-    loss = mean -log p + λ mean over number tokens of D,   q = softmax over the number tokens
+    loss = mean -log p + λ mean over number tokens of D,
+    D = Σ_k q_k |v_k - v_y| or (Σ_k q_k v_k - v_y)²,   q = softmax over the number tokens
 
-    D = Σ_k q_k |v_k - v_y| (``"wasserstein"``) or (Σ_k q_k v_k - v_y)² (``"mse"``). Each mean is
-    over its own rows, as in the authors' code; with ``reduction="none"`` the two are added row by
-    row.
+    The first D is ``"wasserstein"``, the second ``"mse"``. Each mean is over its own rows, as in
+    the authors' code; with ``reduction="none"`` the two are added row by row.
 
     Args:
         numbers: value of each number token, by its class id.

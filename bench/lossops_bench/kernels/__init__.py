@@ -7,8 +7,10 @@ launches.py     which launches
 rivals.py       those of other packages
 listing.py      instructions and loops of a disassembly
 facts.py        registers, spills, matrix instructions, exponentials, ... of a compiled kernel
+cubins.py       compiled CUDA kernels and what they are
 devices.py      what a multiprocessor has, and how many programs fit it
 report.py       the tables, and the budgets that tests/compiled holds them to
 model.py        cycles and bytes of a tile of the fused kernel
+timings.py      what `gpu-check` times
 tune.py         tiles timed on a GPU, and the tables of configurations.py rewritten
 """
