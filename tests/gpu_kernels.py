@@ -404,10 +404,21 @@ def test_no_negatives(module: Any, names: tuple[str, ...], dtype: torch.dtype) -
         assert found[key].tolist() == [expected[key]] * 3, key
 
 
+@pytest.mark.parametrize("mask", [-1e4, -1e9])
+@pytest.mark.parametrize("first", [True, False])
+def test_classes_masked_with_a_finite_number(module: Any, first: bool, mask: float) -> None:
+    """Sums in which they have no part keep the digits of the others; so does a lone target."""
+    case = Case(3, 4, 203, 1, torch.float32, names=("target", "lse", "weighted_sum"), bias=True)
+    _, _, bias, *_, target, vector, _ = case.args
+    masked = torch.arange(203) < 130 if first else torch.arange(203) != 7
+    bias[masked], vector[masked] = mask, 0.0
+    target[:, 0] = 150 if first else 7
+    check(module, case)
+
+
 def absolute(found: Found) -> Found:
     """Statistics that no shift matters to: what a row with NaN is relative to is nobody's."""
-    shift = found["shift"]
-    values = {"lse": found["lse"] + shift, "target": found["target"] + shift.unsqueeze(1)}
+    values = {"lse": found["lse"] + found["shift"], "target": found["target"]}
     return {**values, **{name: found[name] for name in ("mean", "lse@2") if name in found}}
 
 

@@ -19,12 +19,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import from_ranks
+from test_catalogue import Case
 from torch import Tensor, nn
 
 import lossops
 from lossops import ArcFace, CosFace, PartialFC, optim
 from lossops.samplers import sample_keeping
 from lossops.shards import shards_of
+from lossops_bench.dense import DENSE
 
 V, D = 13, 5  # 13, 7 + 6, 5 + 5 + 3 and 4 + 4 + 4 + 1 classes
 ROWS = {1: [6], 2: [4, 7], 3: [3, 0, 5], 4: [2, 5, 1, 3]}
@@ -315,6 +317,30 @@ def log_probabilities(x: Tensor, w: Tensor, y: Tensor, group: Any = None) -> lis
     return [*(t.detach() for t in found), x.grad, w.grad]
 
 
+BY_CLASS = ("log_prior",)
+RECIPES = [n for n, r in lossops.catalogue.RECIPES.items() if "class_group" in r.head]
+
+
+def recipe(name: str, split: list[int], rank: int, group: Any = None) -> list[Tensor]:
+    """A loss of the catalogue from the classes of one rank: value and gradients."""
+    case = Case(name, classes=sum(split), rows=None if DENSE[name].lead != (11,) else 6)
+    mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    case.extras = {n: t[mine] if n in BY_CLASS else t for n, t in case.extras.items()}
+    x, w = case.leaves
+    leaves = [t.clone().requires_grad_() for t in (x, w[mine])]
+    loss = case.ours(*leaves, class_group=group)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def without_a_merge(split: list[int], rank: int, group: Any) -> str:
+    """What is said of a statistic that shards of the classes cannot have."""
+    try:
+        recipe("dual_focal", split, rank, group)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def dtensors(x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
     """The same with w, b and x as DTensors; what other layouts say."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -527,6 +553,10 @@ def work(rank: int, rows: list[int]) -> dict[str, Any]:
         found[f"head-{name}"] = vocabulary(name, x, w, y, mine, group)
     for name in FUNCTIONS:
         found[f"function-{name}"] = function_of_statistics(name, x, w, y, mine, group)
+    for name in RECIPES:
+        if name != "dual_focal":
+            found[f"recipe-{name}"] = recipe(name, split, rank, group)
+    found["unmerged"] = without_a_merge(split, rank, group)
     found["statistics"] = all_statistics(x, w, y, mine, group)
     found["log_prob"] = log_probabilities(x, w[mine], y, group)
     found["dtensor"] = dtensors(x, w, y)
@@ -721,6 +751,22 @@ def test_functions_of_statistics_over_ranks_are_whole(world: World, name: str) -
         for other, own in zip(others, found[0], strict=False):
             assert torch.equal(other, own), "every rank has the same bits"
     torch.testing.assert_close(torch.cat([f[-1] for f in found]), dw, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "dual_focal"])
+def test_catalogue_over_ranks(world: World, name: str) -> None:
+    _, ranks = world
+    *values, dw = recipe(name, [V], 0)
+    for rank in ranks:
+        torch.testing.assert_close(rank[f"recipe-{name}"][:-1], values, rtol=1e-9, atol=1e-12)
+    found = torch.cat([rank[f"recipe-{name}"][-1] for rank in ranks])
+    torch.testing.assert_close(found, dw, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_shards_cannot_have_says_so(world: World) -> None:
+    rows, ranks = world
+    for rank in ranks:
+        assert ("'below_target' cannot be merged" in rank["unmerged"]) == (len(rows) > 1)
 
 
 def test_log_probabilities_over_ranks(world: World) -> None:

@@ -25,8 +25,8 @@ def linear_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearFocalLoss(CatalogueModule):
@@ -40,8 +40,8 @@ def linear_dual_focal_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearDualFocalLoss(CatalogueModule):
@@ -56,7 +56,7 @@ def linear_poly_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyLoss(CatalogueModule):
@@ -70,8 +70,8 @@ def linear_poly_focal_loss(
     gamma: float | Tensor = 2.0, linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearPolyFocalLoss(CatalogueModule):
@@ -86,8 +86,8 @@ def linear_encouraging_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearEncouragingLoss(CatalogueModule):
@@ -101,8 +101,8 @@ def linear_squentropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSquentropyLoss(CatalogueModule):
@@ -116,8 +116,8 @@ def linear_max_sup_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaxSupLoss(CatalogueModule):
@@ -131,7 +131,7 @@ def linear_stable_max_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearStableMaxLoss(CatalogueModule):
@@ -145,8 +145,8 @@ def linear_logit_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitPenaltyLoss(CatalogueModule):
@@ -160,8 +160,8 @@ def linear_confidence_penalty_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearConfidencePenaltyLoss(CatalogueModule):
@@ -175,7 +175,7 @@ def linear_brier_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBrierLoss(CatalogueModule):
@@ -189,8 +189,8 @@ def linear_bayesian_flow_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearBayesianFlowLoss(CatalogueModule):
@@ -228,7 +228,7 @@ def linear_logit_adjusted_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLogitAdjustedLoss(CatalogueModule):
@@ -270,8 +270,8 @@ def linear_adaptive_ldr_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: Tensor, margin: float = 1.0,
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearAdaptiveLdrLoss(CatalogueModule):
@@ -284,8 +284,8 @@ def linear_cos_face_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0,
     margin: float = 0.4, filter_above: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCosFaceLoss(CatalogueModule):
@@ -299,8 +299,8 @@ def linear_arc_face_loss(
     margin: float = 0.5, straight_through: bool = False, filter_above: float | None = None,
     guard: bool = True, weight: Tensor | None = None, sample_weight: Tensor | None = None,
     reduction: str = 'mean', ignore_index: int | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearArcFaceLoss(CatalogueModule):
@@ -314,8 +314,8 @@ def linear_combined_margin_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
     m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCombinedMarginLoss(CatalogueModule):
@@ -391,8 +391,8 @@ def linear_hasa_loss(
     false_weights: Tensor | None = None, tau: float = 0.05, margin: float = 1.0,
     least: float = 1.0, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearHasaLoss(CatalogueModule):
@@ -407,8 +407,8 @@ def linear_comp_sum_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCompSumLoss(CatalogueModule):
@@ -422,8 +422,8 @@ def linear_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -437,7 +437,7 @@ def linear_mae_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaeLoss(CatalogueModule):
@@ -451,7 +451,7 @@ def linear_sum_exp_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSumExpLoss(CatalogueModule):
@@ -465,7 +465,7 @@ def linear_normalized_cross_entropy_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedCrossEntropyLoss(CatalogueModule):
@@ -479,8 +479,8 @@ def linear_reverse_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearReverseCrossEntropyLoss(CatalogueModule):
@@ -494,8 +494,8 @@ def linear_normalized_generalized_cross_entropy_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNormalizedGeneralizedCrossEntropyLoss(CatalogueModule):
@@ -511,7 +511,7 @@ def linear_active_passive_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearActivePassiveLoss(CatalogueModule):
@@ -527,8 +527,8 @@ def linear_ldr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearLdrLoss(CatalogueModule):
@@ -572,7 +572,7 @@ def linear_top_k_distillation_loss(
     temperature: float = 1.0, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean',
     logit_scale: float | Tensor | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearTopKDistillationLoss(CatalogueModule):
@@ -587,8 +587,8 @@ def linear_error_norm_truncation_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormTruncationLoss(CatalogueModule):
@@ -602,8 +602,8 @@ def linear_error_norm_fraction_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearErrorNormFractionLoss(CatalogueModule):
@@ -617,8 +617,8 @@ def linear_sovr_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSovrLoss(CatalogueModule):
@@ -633,8 +633,8 @@ def linear_unlikelihood_loss(
     alpha: float = 1.0, floor: float = 1e-05, linear_bias: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUnlikelihoodLoss(CatalogueModule):
@@ -665,8 +665,8 @@ def linear_crammer_singer_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearCrammerSingerLoss(CatalogueModule):
@@ -680,7 +680,7 @@ def linear_one_vs_rest_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearOneVsRestLoss(CatalogueModule):
@@ -694,8 +694,8 @@ def linear_meco_loss(
     linear_bias: Tensor | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    near_threshold: float | str | None = None, options: LinearLossOptions | None = None,
-    backend: str = 'auto',
+    near_threshold: float | str | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMecoLoss(CatalogueModule):
@@ -708,7 +708,8 @@ def linear_npo_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, reference_log_prob: Tensor,
     beta: float = 0.1, reduction: str = 'mean', linear_bias: Tensor | None = None,
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearNpoLoss(CatalogueModule):
@@ -722,7 +723,8 @@ def linear_dpo_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, reference_log_prob: Tensor,
     beta: float = 0.1, reduction: str = 'mean', linear_bias: Tensor | None = None,
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
-    softcap: float | None = None, options: LinearLossOptions | None = None, backend: str = 'auto',
+    softcap: float | None = None, class_group: Any = None,
+    options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearDpoLoss(CatalogueModule):
@@ -736,7 +738,7 @@ def linear_simpo_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, beta: float, gamma: float,
     reduction: str = 'mean', linear_bias: Tensor | None = None, ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearSimpoLoss(CatalogueModule):
@@ -750,7 +752,7 @@ def linear_orpo_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, lam: float, reduction: str = 'mean',
     linear_bias: Tensor | None = None, ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None, softcap: float | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearOrpoLoss(CatalogueModule):
@@ -764,7 +766,7 @@ def linear_masked_diffusion_loss(
     level: Tensor | None = None, rate: Tensor | None = None, kind: str = 'lambda',
     linear_bias: Tensor | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearMaskedDiffusionLoss(CatalogueModule):
@@ -779,7 +781,7 @@ def linear_uniform_kl_loss(
     weight: Tensor | None = None, sample_weight: Tensor | None = None, reduction: str = 'mean',
     ignore_index: int | None = None, logit_scale: float | Tensor | None = None,
     softcap: float | None = None, near_threshold: float | str | None = None,
-    options: LinearLossOptions | None = None, backend: str = 'auto',
+    class_group: Any = None, options: LinearLossOptions | None = None, backend: str = 'auto',
 ) -> Tensor: ...
 
 class LinearUniformKlLoss(CatalogueModule):

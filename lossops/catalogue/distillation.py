@@ -34,7 +34,7 @@ from lossops.schedules import row_stride, without_autocast
 from lossops.statistics import RowStatistics
 
 FAMILY = "Distillation"
-SOFT: Keywords = without("weight", "ignore_index", "near_threshold")
+SOFT: Keywords = without("weight", "ignore_index", "near_threshold", "class_group")
 PAIRED = "two chunks of logits, 3 GEMMs and the teacher's one"
 KINDS = ("kl", "reverse_kl", "jsd", "binary_kl")
 

@@ -89,7 +89,7 @@ def linear_logit_adjusted_loss(
     use="noisy labels: logits of bounded length",
     statistics=("sumsq", "lse", "target"),
     memory=f"{ONE_SWEEP}, and the norms from a D×D matrix: V·D² more multiply-adds",
-    head=without("linear_bias", "softcap"),
+    head=without("linear_bias", "softcap", "class_group"),
 )
 def linear_logit_clip_loss(
     input: Tensor,
@@ -142,7 +142,7 @@ def linear_logit_clip_loss(
     family=FAMILY,
     use="intra-class spread of the features as a margin",
     statistics=("lse", "target"),
-    head=without("logit_scale", "softcap"),
+    head=without("logit_scale", "softcap", "class_group"),
     memory=f"{ONE_SWEEP}, a product w S (V, D), all in float32",
 )
 def linear_shared_covariance_loss(
@@ -248,6 +248,7 @@ def adaptive_lambda(
     margin: float = 1.0,
     ignore_index: int | None = None,
     logit_scale: float | Tensor | None = None,
+    class_group: Any = None,
 ) -> Tensor:
     """The next λ of `linear_adaptive_ldr_loss`: smaller where the distribution is certain.
 
@@ -263,6 +264,7 @@ def adaptive_lambda(
         margin: c. Default: ``1.0``.
         ignore_index: target id of rows that keep their λ; None means -100. Default: ``None``.
         logit_scale: factor of x·w, as of the loss. Default: ``None``.
+        class_group: as of the loss. Default: ``None``.
 
     Returns:
         λ', (...).
@@ -281,13 +283,13 @@ def adaptive_lambda(
     rows, cooled = _cooled(input, lam, target, ignore_index)
     s = linear_statistics(
         rows, linear_weight, target, names=("entropy",), ignore_index=ignore_index,
-        logit_scale=logit_scale,
+        logit_scale=logit_scale, class_group=class_group,
     )  # fmt: skip
     odds = s.target_minus_lse - margin / cooled
     log_p, log_1mp = F.logsigmoid(odds), F.logsigmoid(-odds)
     others = s.relative("lse") - s.relative("mean")  # entropy of the negatives among themselves
     entropy = -log_p.exp() * log_p + log_1mp.exp() * (others - log_1mp)
-    most = math.log(linear_weight.shape[0])
+    most = math.log(s.num_classes)
     moved = lam0 * (1 - (most - entropy) / (alpha * most)) if most else torch.full_like(lam, lam0)
     return torch.where(is_ignored(target, ignore_index), lam, moved)
 

@@ -35,6 +35,12 @@ HEAD: Keywords = {
         None,
         "near and far gradients, as in `lossops.linear_loss`; None for exact ones.",
     ),
+    "class_group": Keyword(
+        Any,
+        None,
+        "process group whose ranks hold consecutive classes, as in `lossops.linear_loss`; what is "
+        "given by class is that of this rank's.",
+    ),
     "options": Keyword(LinearLossOptions | None, None, "schedule and memory."),
     "backend": Keyword(
         str, "auto", '``"auto"``, ``"cpp"``, ``"triton"``, ``"cuda"`` or ``"reference"``.'

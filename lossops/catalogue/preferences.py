@@ -26,7 +26,7 @@ from lossops.inputs import check_reduction, is_ignored
 
 FAMILY = "Tokens and sequences"
 LOG_PROB: Keywords = some(
-    "linear_bias", "ignore_index", "logit_scale", "softcap", "options", "backend"
+    "linear_bias", "ignore_index", "logit_scale", "softcap", "class_group", "options", "backend"
 )
 SEQUENCES: Keywords = {
     "reduction": Keyword(str, "mean", 'over sequences: ``"mean"``, ``"sum"`` or ``"none"``.'),

@@ -22,7 +22,7 @@ from lossops.inputs import class_ids, head_inputs
 
 FAMILY = "Every probability"
 LOGITS = "a chunk of logits, 3 GEMMs"
-CHUNKED: Keywords = without("near_threshold")
+CHUNKED: Keywords = without("near_threshold", "class_group")
 
 
 @composed(

@@ -251,7 +251,7 @@ def ramp(step: int, steps: int, first: float, last: float) -> float:
     family=FAMILY,
     use="numbers in text: near misses cost less than far ones",
     statistics=("lse", "target"),
-    head=without("softcap"),
+    head=without("softcap", "class_group"),
     memory=f"{ONE_SWEEP}, and N·K values for the K number tokens",
     example={"numbers": {3: 3.0, 4: 4.0}},
 )

@@ -26,7 +26,15 @@ from lossops.statistics import RowStatistics
     use="masked (absorbing) diffusion over tokens",
     statistics=("lse", "target"),
     memory=ONE_SWEEP,
-    head=some("linear_bias", "logit_scale", "softcap", "near_threshold", "options", "backend"),
+    head=some(
+        "linear_bias",
+        "logit_scale",
+        "softcap",
+        "near_threshold",
+        "class_group",
+        "options",
+        "backend",
+    ),
 )
 def linear_masked_diffusion_loss(
     input: Tensor,
