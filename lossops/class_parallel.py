@@ -91,7 +91,7 @@ def local_ids(ids: Tensor, shards: Shards | None) -> Tensor:
     return torch.where(inside, ids - shards.first, -1)
 
 
-def near_or_spread(head: HeadInputs, near: NearFar, shards: Shards | None) -> HeadInputs:
+def with_near(head: HeadInputs, near: NearFar, shards: Shards | None) -> HeadInputs:
     """The head with near and far gradients where these are asked for."""
     if shards is not None and near.on:
         raise ValueError("near_threshold is not available with class_group; leave one of them out")

@@ -27,10 +27,10 @@ from lossops.class_parallel import (
     at_targets,
     classes_of_all,
     local_ids,
-    near_or_spread,
     of_all,
     spread_head,
     sum_of_all,
+    with_near,
 )
 from lossops.distributed import summed
 from lossops.inputs import (
@@ -254,7 +254,7 @@ def linear_cross_entropy(
         {"target probabilities": target if target.is_floating_point() else None},
     )  # fmt: skip
     near = near_request(near_threshold, opts, "near_far" in outputs)
-    head = near_or_spread(head, near, shards)
+    head = with_near(head, near, shards)
     if "near_far" in outputs and not head.near.on:
         raise ValueError("outputs 'near_far' needs near_threshold, got None")
     if _differentiates(target, weight):
@@ -596,6 +596,8 @@ class _Task(NamedTuple):
 
 
 def _check_outputs(outputs: Collection[str]) -> None:
+    if not isinstance(outputs, Collection):
+        raise TypeError(f"outputs must be a list of names, got {type(outputs).__name__}")
     if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"outputs must be names among {', '.join(OUTPUTS)}, got {outputs!r}")
 
@@ -772,7 +774,7 @@ def linear_log_prob(
     names = ("lse", "target", "entropy") if entropy else ("lse", "target")
     head, shards = spread_head(input, linear_weight, linear_bias, logit_scale, softcap, class_group)
     check_two_sweeps(head, options)
-    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    head = with_near(head, near_request(near_threshold, checked_options(options)), shards)
     v = classes_of_all(head, shards)
     ids = class_ids(target, head.lead, v, ignore_index)
     check_devices(head.x, target=target)

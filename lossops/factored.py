@@ -44,7 +44,7 @@ from lossops.recipes import (
 )
 from lossops.schedules import without_autocast
 from lossops.spherical import (
-    positive,
+    check_positive,
     reduced_losses,
     spherical_row_losses,
     target_ids,
@@ -500,7 +500,7 @@ class _HeadStatistics(torch.autograd.Function):
 
 
 def _loss_function(loss: str | SphericalLoss, a: float, b: float) -> SphericalLoss:
-    positive("a", a)
+    check_positive("a", a)
     named: dict[str, SphericalLoss] = {
         "z": partial(z_losses, a=a, b=b),
         "taylor": log_taylor_losses,

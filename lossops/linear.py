@@ -20,9 +20,9 @@ from lossops.class_parallel import (
     at_targets,
     classes_of_all,
     local_ids,
-    near_or_spread,
     of_all,
     spread_head,
+    with_near,
 )
 from lossops.inputs import (
     HeadInputs,
@@ -126,7 +126,7 @@ def linear_statistics(
         {"class_vector": class_vector}, {"teacher": teacher},
     )  # fmt: skip
     check_two_sweeps(head, options)
-    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    head = with_near(head, near_request(near_threshold, checked_options(options)), shards)
     check_devices(head.x, target=target)
     v, own = classes_of_all(head, shards), head.w.shape[0]
     several = target is not None and target.ndim == len(head.lead) + 1
@@ -339,7 +339,7 @@ def linear_loss(
         input, linear_weight, linear_bias, logit_scale, softcap, class_group,
         {"weight": weight, "class_vector": class_vector},
     )  # fmt: skip
-    head = near_or_spread(head, near_request(near_threshold, checked_options(options)), shards)
+    head = with_near(head, near_request(near_threshold, checked_options(options)), shards)
     v, own, lead = classes_of_all(head, shards), head.w.shape[0], head.lead
     check_devices(head.x, target=target)
     ids = None if target is None else class_ids(target, lead, v, ignore_index, several=True)

@@ -75,7 +75,7 @@ def one_sweep(
         if any(needs):
             rest = sweep.constants.take(some.names, coefficients, rows)
             factor = primitives.linear_chunk_negatives(*some, wanted, chunk, stats, rest)
-            g = _scale(some.names, rest, some.x) if own is None else own[rows]
+            g = _largest_coefficient(some.names, rest, some.x) if own is None else own[rows]
             sweep.add(chunk, factor, g, rows, stats, rest)
     sweep.finish()
     found = x.new_zeros(n, dtype=acc)
@@ -235,7 +235,7 @@ def _near_products(primitives: Any) -> Callable[..., float]:
     return found
 
 
-def _scale(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:
+def _largest_coefficient(names: Sequence[str], coefficients: Coefficients, like: Tensor) -> Tensor:
     """The largest coefficient of a row, for every row (R,)."""
     given = [
         c.abs()
@@ -266,7 +266,7 @@ def two_sweeps_gradient(
     coefs = constants.take(
         head.names, [None if c is None else c[order] for c in coefficients], slice(None)
     )
-    g = _scale(head.names, coefs, x)
+    g = _largest_coefficient(head.names, coefs, x)
     xs = scaled_rows(part.x, head.scale, acc)  # (N, D)
     at_target = None
     if head.target is not None:

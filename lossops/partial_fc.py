@@ -298,7 +298,8 @@ class PartialFC(nn.Module):
             ids = class_ids(labels, features.shape[:1], self.num_classes, None)
             if ids.device.type == "cpu" and bool((ids >= self.num_classes).any()):
                 raise IndexError(
-                    f"labels must be in [0, {self.num_classes}), or -100 for rows that do not count"
+                    f"labels must be in [0, {self.num_classes}), or -100 for rows that do not "
+                    f"count, got {int(labels.min())} to {int(labels.max())}"
                 )
             # A NaN in a row that does not count must not reach a gradient.
             x = torch.where(ids >= 0, features, 0.0)

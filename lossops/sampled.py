@@ -34,6 +34,7 @@ from lossops.inputs import (
     row_weight,
 )
 from lossops.linear import reduced, row_factors, swept_losses
+from lossops.ops import check_target
 from lossops.pairs import binary_loss
 from lossops.reference import accumulate_dtype, row_blocks
 from lossops.rows import select_rows
@@ -309,7 +310,7 @@ class _Call(NamedTuple):
         v, acc = linear_weight.shape[0], accumulate_dtype(head.x.dtype)
         lead = input.shape[:-1]
         ids = class_ids(target, lead, v, ignore_index, several=True)
-        check_ids(ids, v)
+        check_target(ids, v)
         # A NaN in an ignored row must not reach a loss or a gradient.
         counted = has_target(ids)
         head = head._replace(x=torch.where(counted.unsqueeze(1), head.x, 0.0))
@@ -361,12 +362,6 @@ class _Call(NamedTuple):
         return _Call(ids, lead, positive, columns, hits, repeats, None, weights, divisor)
 
 
-def check_ids(ids: Tensor, num_classes: int) -> None:
-    """Raise an IndexError for targets outside [0, V), which `class_ids` made V of, on a CPU."""
-    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_classes:
-        raise IndexError(f"target must hold class ids in [0, {num_classes}), got another")
-
-
 def _checked(found: Any, rows: int, v: int, input: Tensor) -> tuple[Tensor, Tensor]:
     """Sampled ids (S,) or (N, S) and their log expected counts, rising where shared."""
     if not isinstance(found, SampledClasses):
@@ -380,8 +375,10 @@ def _checked(found: Any, rows: int, v: int, input: Tensor) -> tuple[Tensor, Tens
         )
     if ids.ndim == 2 and ids.shape[0] != rows:
         raise ValueError(f"ids of the sample must have {rows} rows, got {ids.shape[0]}")
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < v:
-        raise IndexError(f"ids of the sample must be in [0, {v}), got others")
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(t) for t in torch.aminmax(ids))
+        if low < 0 or high >= v:
+            raise IndexError(f"ids of the sample must be in [0, {v}), got some in [{low}, {high}]")
     if ids.ndim == 2:
         return ids, expected
     ordered, order = ids.sort()

@@ -244,7 +244,7 @@ def linear_spherical_z_loss(
         A. de Brébisson, P. Vincent: The Z-loss, a shift and scale invariant classification loss
         belonging to the spherical family, arXiv 1604.08859.
     """
-    loss_fn = partial(z_losses, a=positive("a", a), b=b)
+    loss_fn = partial(z_losses, a=check_positive("a", a), b=b)
     return linear_spherical_loss(
         input, linear_weight, target, loss_fn, parameters=_learnt(a, b), **keywords
     )
@@ -282,7 +282,9 @@ def spherical_z_loss(
         >>> lossops.spherical_z_loss(z, torch.tensor([0]), a=1.0, b=0.0)
         tensor(0.3364)
     """
-    return spherical_loss(logits, target, partial(z_losses, a=positive("a", a), b=b), **keywords)
+    return spherical_loss(
+        logits, target, partial(z_losses, a=check_positive("a", a), b=b), **keywords
+    )
 
 
 def linear_log_taylor_softmax_loss(
@@ -383,7 +385,7 @@ def linear_log_spherical_softmax_loss(
         A. de Brébisson, P. Vincent: An exploration of softmax alternatives belonging to the
         spherical loss family, arXiv 1511.05042.
     """
-    loss_fn = partial(log_spherical_losses, eps=positive("eps", eps))
+    loss_fn = partial(log_spherical_losses, eps=check_positive("eps", eps))
     return linear_spherical_loss(
         input, linear_weight, target, loss_fn, parameters=_learnt(eps), **keywords
     )
@@ -419,7 +421,7 @@ def log_spherical_softmax_loss(
         >>> lossops.log_spherical_softmax_loss(z, torch.tensor([0]))
         tensor(1.6383)
     """
-    loss_fn = partial(log_spherical_losses, eps=positive("eps", eps))
+    loss_fn = partial(log_spherical_losses, eps=check_positive("eps", eps))
     return spherical_loss(logits, target, loss_fn, **keywords)
 
 
@@ -577,7 +579,7 @@ def _learnt(*values: float | Tensor | None) -> tuple[Tensor, ...]:
     return tuple(v for v in values if isinstance(v, Tensor))
 
 
-def positive(name: str, value: float | Tensor) -> float | Tensor:
+def check_positive(name: str, value: float | Tensor) -> float | Tensor:
     """``value``, refused where it is a number that is not positive; tensors are not read."""
     if not isinstance(value, Tensor) and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import io
 import re
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from catalogue_listing import stub, tables
 from conftest import make_inputs
 from torch import nn
 
 import lossops
 from lossops import backends, statistics, switches
-from lossops.catalogue import listing
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -125,7 +125,9 @@ def blocks(path, language):
 
 
 def markdown():
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+    return sorted(
+        path for folder in (".", "docs", "kernels", "csrc") for path in ROOT.glob(f"{folder}/*.md")
+    )
 
 
 def test_python_of_the_readme_runs():
@@ -176,8 +178,13 @@ def test_command_exists(command):
         with redirect_stdout(text):
             runpy.run_module("lossops.info", run_name="__main__")
         assert "backends on cpu" in text.getvalue()
-    elif program == "python":
-        assert arguments[0] == "-m" or (ROOT / arguments[0]).is_file()
+    elif re.fullmatch(r"python[\d.]*", program):
+        if arguments[0] == "-c":
+            ast.parse(arguments[1])
+        elif arguments[0] == "-m":
+            assert importlib.util.find_spec(arguments[1])
+        else:
+            assert (ROOT / arguments[0]).is_file()
     elif program == "pytest":
         paths = [a.partition("::")[0] for a in arguments if a.startswith("tests")]
         assert all((ROOT / path).exists() for path in paths)
@@ -236,7 +243,7 @@ def test_tests_named_in_the_documents_exist():
 def test_nothing_refers_to_where_it_was_made():
     words = ["../" + "shared", "/work/" + "shared", "before" + "-stop"]
     skipped = {".git", ".venv", "build", "dist", "__pycache__", ".hypothesis"}
-    suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".cpp", ".h", ".in", ""}
+    suffixes = {".py", ".pyi", ".md", ".toml", ".txt", ".yaml", ".cpp", ".cu", ".h", ".in", ""}
     for path in ROOT.rglob("*"):
         inside = path.relative_to(ROOT).parts
         if skipped & set(inside) or inside[0].endswith("_cache") or not path.is_file():
@@ -335,7 +342,7 @@ def statistics_table():
 TABLES = {
     "backends": ("README.md", backend_table),
     "statistics": ("docs/statistics.md", statistics_table),
-    "catalogue": ("docs/catalogue.md", listing.tables),
+    "catalogue": ("docs/catalogue.md", tables),
 }
 STUB = ROOT / "lossops" / "catalogue" / "__init__.pyi"
 
@@ -355,7 +362,7 @@ def test_table(name):
 
 
 def test_the_stub_of_the_catalogue_is_that_of_its_table():
-    assert STUB.read_text(encoding="utf-8") == listing.stub(), "run: python tests/test_docs.py"
+    assert STUB.read_text(encoding="utf-8") == stub(), "run: python tests/test_docs.py"
 
 
 def test_every_statistic_has_its_row():
@@ -408,4 +415,4 @@ if __name__ == "__main__":
         new = between_markers(name).sub(lambda _, make=make: make() + "\n", old)
         (ROOT / path).write_text(new, encoding="utf-8")
         print(f"{path}: {name} {'as it was' if new == old else 'written anew'}")
-    STUB.write_text(listing.stub(), encoding="utf-8")
+    STUB.write_text(stub(), encoding="utf-8")

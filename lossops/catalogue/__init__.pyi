@@ -312,7 +312,8 @@ class LinearArcFaceLoss(CatalogueModule):
 
 def linear_combined_margin_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, scale: float = 64.0, m1: float = 1.0,
-    m2: float = 0.3, m3: float = 0.2, weight: Tensor | None = None,
+    m2: float = 0.3, m3: float = 0.2, straight_through: bool = False,
+    filter_above: float | None = None, weight: Tensor | None = None,
     sample_weight: Tensor | None = None, reduction: str = 'mean', ignore_index: int | None = None,
     near_threshold: float | str | None = None, class_group: Any = None,
     options: LinearLossOptions | None = None, backend: str = 'auto',
@@ -321,7 +322,8 @@ def linear_combined_margin_loss(
 class LinearCombinedMarginLoss(CatalogueModule):
     def __init__(self,
         in_features: int, num_classes: int, *, scale: float = 64.0, m1: float = 1.0,
-        m2: float = 0.3, m3: float = 0.2, device: Any = None, dtype: Any = None, **options: Any,
+        m2: float = 0.3, m3: float = 0.2, straight_through: bool = False,
+        filter_above: float | None = None, device: Any = None, dtype: Any = None, **options: Any,
     ) -> None: ...
 
 def linear_gumbel_loss(

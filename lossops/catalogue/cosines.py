@@ -118,6 +118,8 @@ def linear_combined_margin_loss(
     m1: float = 1.0,
     m2: float = 0.3,
     m3: float = 0.2,
+    straight_through: bool = False,
+    filter_above: float | None = None,
 ) -> Tensor:
     """Combined margin: the target's angle times m1 plus m2, its cosine minus m3.
 
@@ -128,12 +130,16 @@ def linear_combined_margin_loss(
         m1: at least 1. Default: ``1.0``.
         m2: in [0, π). Default: ``0.3``.
         m3: taken from the cosine. Default: ``0.2``.
+        straight_through: take ψ' = 1 for the true derivative. Default: ``False``.
+        filter_above: other classes with a larger cosine get the logit 0 and no gradient; None for
+            none. Default: ``None``.
 
     Reference:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition,
         arXiv 1801.07698
     """
-    return _margin_softmax(input, linear_weight, target, head, CombinedMargin(scale, m1, m2, m3))
+    own = CombinedMargin(scale, m1, m2, m3, straight_through, filter_above)
+    return _margin_softmax(input, linear_weight, target, head, own)
 
 
 def _margin_softmax(

@@ -74,11 +74,20 @@ def arc_face(
 
 @dense(
     {"scale": 8.0, "m1": 1.0, "m2": 0.3, "m3": 0.2},
-    {"scale": 4.0, "m1": 1.4, "m2": 0.2, "m3": 0.1},
+    {"scale": 4.0, "m1": 1.4, "m2": 0.2, "m3": 0.1, "filter_above": 0.3},
+    {"scale": 8.0, "m1": 1.0, "m2": 0.3, "m3": 0.2, "straight_through": True},
     of_features=True,
 )
 def combined_margin(
-    x: Tensor, w: Tensor, y: Tensor, scale: float, m1: float, m2: float, m3: float
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    straight_through: bool = False,
+    filter_above: float = 1.0,
 ) -> Tensor:
     c = cosines(x, w)
     own = of_target(c, y)
@@ -86,7 +95,9 @@ def combined_margin(
     limit = math.cos((math.pi - m2) / m1)  # beyond it a line, which for m1 > 1 meets the curve
     line = own - m2 * math.sin(m2) if m1 == 1 else own - limit - 1
     moved = torch.where(own > limit, turned, line) - m3
-    return margin_softmax(c, y, scale, moved)
+    if straight_through:
+        moved = own + (moved - own).detach()
+    return margin_softmax(torch.where(c > filter_above, 0.0, c), y, scale, moved)
 
 
 @dense({}, {"tau": 0.5}, extras=lambda draw: {"log_prior": draw.uniform(draw.classes).log()})
