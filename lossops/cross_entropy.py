@@ -408,6 +408,10 @@ def cross_entropy(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Accumulated in float32 (float64 for float64 logits), same bits for same inputs and threads.
+        Memory beyond the logits: their gradient, or with ``inplace`` nothing of their size.
+
     Example:
         >>> import torch, lossops
         >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])

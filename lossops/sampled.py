@@ -4,10 +4,6 @@
 
 The logits of the sample are swept like those of any head, a tile at a time; only the rows of w that
 were drawn, and those of the targets, are read and get a gradient.
-
-Source: Jean, Cho, Memisevic, Bengio, "On using very large target vocabulary for neural machine
-translation", 2015; Gutmann, Hyvärinen, "Noise-contrastive estimation", 2010; Mikolov and others,
-"Distributed representations of words and phrases and their compositionality", 2013.
 """
 
 from __future__ import annotations
@@ -110,6 +106,10 @@ def sampled_softmax_loss(
         >>> lossops.sampled_softmax_loss(x, w, torch.tensor([3, 1, 4, 1]), sampler).backward()
         >>> w.grad.is_sparse
         True
+
+    Reference:
+        Jean, Cho, Memisevic, Bengio, On Using Very Large Target Vocabulary for Neural Machine
+        Translation, arXiv 1412.2007
     """
     call = _Call.of(
         input, linear_weight, target, sampler, linear_bias, subtract_log_q,
@@ -194,6 +194,10 @@ def nce_loss(
         >>> x, w = torch.randn(4, 8), torch.randn(1000, 8, requires_grad=True)
         >>> sampler = lossops.samplers.LogUniform(1000, 20)
         >>> lossops.nce_loss(x, w, torch.tensor([3, 1, 4, 1]), sampler).backward()
+
+    Reference:
+        Gutmann, Hyvärinen, Noise-contrastive Estimation: A New Estimation Principle for
+        Unnormalized Statistical Models, 2010
     """
     call = _Call.of(
         input, linear_weight, target, sampler, linear_bias, subtract_log_q,
@@ -259,12 +263,19 @@ def negative_sampling_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Loss and gradients in one visit of each tile of logits; memory as `sampled_softmax_loss`.
+
     Example:
         >>> import torch, lossops
         >>> x, w = torch.randn(4, 8), torch.randn(1000, 8, requires_grad=True)
         >>> sampler = lossops.samplers.Frequency(torch.rand(1000) + 0.1, 5)
         >>> y = torch.tensor([3, 1, 4, 1])
         >>> lossops.negative_sampling_loss(x, w, y, sampler.per_row(y)).backward()
+
+    Reference:
+        Mikolov and others, Distributed Representations of Words and Phrases and their
+        Compositionality, arXiv 1310.4546
     """
     return nce_loss(
         input, linear_weight, target, sampler, linear_bias=linear_bias, subtract_log_q=False,

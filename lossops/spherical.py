@@ -185,6 +185,9 @@ def spherical_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Memory beyond the logits: their gradient. Deterministic.
+
     Example:
         >>> import torch, lossops
         >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
@@ -233,6 +236,9 @@ def linear_spherical_z_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Cost, memory and accumulation as `linear_spherical_loss`. Deterministic.
+
     Example:
         >>> import torch, lossops
         >>> x, w = torch.randn(16, 8, requires_grad=True), torch.randn(100, 8)
@@ -276,6 +282,9 @@ def spherical_z_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Memory beyond the logits: their gradient. Deterministic.
+
     Example:
         >>> import torch, lossops
         >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
@@ -306,6 +315,9 @@ def linear_log_taylor_softmax_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Cost, memory and accumulation as `linear_spherical_loss`. Deterministic.
 
     Example:
         >>> import torch, lossops
@@ -338,6 +350,9 @@ def log_taylor_softmax_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Memory beyond the logits: their gradient. Deterministic.
 
     Example:
         >>> import torch, lossops
@@ -374,6 +389,9 @@ def linear_log_spherical_softmax_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Cost, memory and accumulation as `linear_spherical_loss`. Deterministic.
 
     Example:
         >>> import torch, lossops
@@ -415,6 +433,9 @@ def log_spherical_softmax_loss(
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
 
+    Note:
+        Memory beyond the logits: their gradient. Deterministic.
+
     Example:
         >>> import torch, lossops
         >>> z = torch.tensor([[2.0, -1.0, 0.5, 3.0, -2.5, 0.0]])
@@ -444,6 +465,9 @@ def linear_spherical_mse_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Cost, memory and accumulation as `linear_spherical_loss`. Deterministic.
 
     Example:
         >>> import torch, lossops
@@ -476,6 +500,9 @@ def spherical_mse_loss(
 
     Raises:
         ValueError, TypeError: arguments that do not fit. IndexError: a target outside [0, V).
+
+    Note:
+        Memory beyond the logits: their gradient. Deterministic.
 
     Example:
         >>> import torch, lossops

@@ -105,6 +105,8 @@ def test_docstring_order(name):
 def test_docstring_of_a_function(name):
     found = sections(FUNCTIONS[name])
     assert {"Args", "Returns", "Raises", "Example"} <= set(found)
+    if re.search("(loss|entropy)$", name):
+        assert "Note" in found, "what a loss takes stands in its Note"
     formula = found[""].split("\n\n")[1]
     assert re.search("[=∂Σ]", formula), "the formula follows the first line"
 
