@@ -160,11 +160,7 @@ def class_ids(
                 "pad with -1"
             )
         ids = ids.reshape(-1, target.shape[-1])
-        ids = torch.where(ids < -1, num_classes, ids)
-        ordered, order = ids.sort(dim=1, stable=True)
-        again = torch.zeros_like(ids, dtype=torch.bool)
-        again.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
-        return torch.where(again, -1, ids)
+        return distinct(torch.where(ids < -1, num_classes, ids))
     if target.shape != lead:
         raise ValueError(
             f"target must have shape {tuple(lead)} (input without its last dim), "
@@ -173,6 +169,14 @@ def class_ids(
     ids = ids.reshape(-1, 1)
     known = torch.where(ids < 0, num_classes, ids)
     return torch.where(is_ignored(ids, ignore_index), -1, known)
+
+
+def distinct(ids: Tensor) -> Tensor:
+    """Ids (..., K) with -1 in place of those that stand before in their row."""
+    ordered, order = ids.sort(dim=-1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again.scatter_(-1, order[..., 1:], ordered[..., 1:] == ordered[..., :-1])
+    return torch.where(again, -1, ids)
 
 
 def is_ignored(target: Tensor, ignore_index: int | None) -> Tensor:

@@ -58,6 +58,7 @@ class _LinearHead(nn.Module):
         self.in_features, self.num_classes = in_features, num_classes
         tensors = {n: t for n, t in options.items() if isinstance(t, Tensor)}
         self.options = {n: o for n, o in options.items() if n not in tensors}
+        self.owned = tuple(tensors)
         if tensors:
             self.tensors = nn.Module()
         for n, t in tensors.items():
@@ -81,10 +82,7 @@ class _LinearHead(nn.Module):
     @property
     def keywords(self) -> dict[str, Any]:
         """Options, tensors among them."""
-        if "tensors" not in self._modules:
-            return self.options
-        own = self.tensors
-        return {**self.options, **dict(own.named_parameters()), **dict(own.named_buffers())}
+        return {**self.options, **{name: getattr(self.tensors, name) for name in self.owned}}
 
     def extra_repr(self) -> str:
         """Sizes and options."""

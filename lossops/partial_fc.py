@@ -256,7 +256,10 @@ class PartialFC(nn.Module):
     def _sum_name(self, scale: float | Tensor) -> str:
         """The log-sum over the other classes. A filter is in logits: a learned scale is read."""
         above = self.margin.filter_above
-        return "lse" if above is None else f"lse<{above * float(scale):.9g}"
+        if above is None:
+            return "lse"
+        factor = scale.item() if isinstance(scale, Tensor) else scale
+        return f"lse<{above * factor:.9g}"
 
     def _losses(
         self, stats: RowStatistics, name: str, active: Tensor, scale: float | Tensor

@@ -126,8 +126,9 @@ class RowSGD(torch.optim.Optimizer):
         """As torch's; ``steps`` of a parameter are the matrices M of the steps so far."""
         found: dict[str, Any] = super().state_dict()
         for number, _, p in _parameters(self):
-            if p in self._products:
-                found["state"][number]["steps"] = self._products[p].steps
+            if p in self._products:  # torch hands out its own dicts of state
+                steps = self._products[p].steps
+                found["state"][number] = {**found["state"][number], "steps": steps}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from lossops.inputs import (
 from lossops.linear import reduced, row_factors, swept_losses
 from lossops.ops import check_target
 from lossops.pairs import binary_loss
-from lossops.reference import accumulate_dtype, row_blocks
+from lossops.reference import accumulate_dtype, logsumexp, row_blocks
 from lossops.rows import select_rows
 from lossops.samplers import SampledClasses, positions
 from lossops.schedules import LinearLossOptions, without_autocast
@@ -356,7 +356,13 @@ class _Call(NamedTuple):
         positive = _logits(head, parts[1], biases[1], at_target)
         if subtract_log_q:
             assert found.target_log_expected is not None
-            expected = found.target_log_expected.reshape(ids.shape).to(acc)
+            expected = found.target_log_expected
+            if expected.numel() != ids.numel():
+                raise ValueError(
+                    f"target_log_expected must have a value per target, {tuple(ids.shape)}, got "
+                    f"{tuple(expected.shape)}"
+                )
+            expected = expected.reshape(ids.shape).to(acc)
             positive = positive - torch.where(ids < 0, 0.0, expected)
         if per_row:
             negative = _logits(head, parts[0], biases[0], at)
@@ -436,7 +442,7 @@ def _softmax_of_rows(call: _Call) -> Tensor:
     assert call.negative is not None
     present = call.ids >= 0
     z = call.positive.masked_fill(~present, -torch.inf)
-    return _softmax_losses(z, call.negative.logsumexp(1), present)
+    return _softmax_losses(z, logsumexp(call.negative), present)
 
 
 def _logits(head: HeadInputs, rows: Tensor, bias: Tensor | None, at: Tensor) -> Tensor:

@@ -362,8 +362,8 @@ class RowStatistics:
             return variance
         # (1 - p) var_q + p (1 - p) (target - mean_q)²
         log_p, log_1mp = self.log_p, self.log_1mp
-        away = (self._single_target() - self.relative("mean")).square()
-        return _exp_times(log_1mp, variance) + _exp_times(log_p + log_1mp, away)
+        away = self._single_target() - self.relative("mean")
+        return _exp_times(log_1mp, variance) + _exp_times_square(log_p + log_1mp, away)
 
     @staticmethod
     def merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
@@ -451,6 +451,12 @@ def _exp_times(log_weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(empty, 0.0, log_weight.exp() * value.masked_fill(empty, 0.0))
 
 
+def _exp_times_square(log_weight: Tensor, value: Tensor) -> Tensor:
+    """exp(log_weight) · value², 0 where the weight is: the square, or its gradient, may be inf."""
+    value = torch.where(log_weight.exp() == 0, 0.0, value)
+    return log_weight.exp() * value.square()
+
+
 def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
     sa, sb = a.shift, b.shift
     shift = torch.maximum(sa, sb)
@@ -484,7 +490,7 @@ def _merge(a: RowStatistics, b: RowStatistics) -> RowStatistics:
             out[name] = (
                 _exp_times(weight_a, la)
                 + _exp_times(weight_b, lb)
-                + _exp_times(weight_a + weight_b, away.square())
+                + _exp_times_square(weight_a + weight_b, away)
             )
         elif name in ("max", "runner_up"):
             continue

@@ -409,6 +409,22 @@ def test_module_is_its_function_with_a_weight(name: str) -> None:
     assert f"in_features={FEATURES}" in repr(made)
 
 
+def test_module_whose_tensors_are_shared_or_parametrized() -> None:
+    """One tensor for two options is both; of a parametrized one the value counts."""
+    t, x, y = nn.Parameter(torch.tensor(1.5)), torch.randn(4, FEATURES), torch.arange(4)
+    module = catalogue.LinearPolyFocalLoss(FEATURES, CLASSES, epsilon=t, logit_scale=t)
+
+    def expected(value: Tensor) -> Tensor:
+        return catalogue.linear_poly_focal_loss(
+            x, module.linear_weight, y, epsilon=value, logit_scale=t
+        )
+
+    assert torch.equal(module(x, y), expected(t))
+    module = catalogue.LinearPolyFocalLoss(FEATURES, CLASSES, epsilon=t, logit_scale=1.5)
+    nn.utils.parametrize.register_parametrization(module.tensors, "epsilon", nn.Softplus())
+    assert torch.equal(module(x, y), expected(nn.functional.softplus(t)))
+
+
 def test_module_learns_its_own_parameter_and_keeps_its_tensors() -> None:
     gamma = nn.Parameter(torch.tensor(2.0))
     module = catalogue.LinearFocalLoss(FEATURES, CLASSES, gamma=gamma, weight=torch.ones(CLASSES))

@@ -237,6 +237,21 @@ def test_odds_of_sequences_that_are_certain(
     assert all(found[1][i].any() for i in others if i < 2)
 
 
+@pytest.mark.parametrize("ids", [[5, 5], [5, 1]], ids=["twice", "the target"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_false_negatives_that_count_once(ids: list[int], weighted: bool, backend: str) -> None:
+    x, w, y = torch.randn(4, 6), torch.randn(9, 6), torch.full((4,), 1)
+
+    def loss(listed: list[int]) -> Tensor:
+        given = torch.tensor([listed] * 4)
+        weights = torch.full((4, 2), 0.7) if weighted else None
+        return catalogue.linear_hasa_loss(
+            x, w, y, false_negatives=given, false_weights=weights, tau=0.5, backend=backend
+        )
+
+    torch.testing.assert_close(loss(ids), loss([5, -1]))
+
+
 @pytest.mark.parametrize("weight", [1.0, 100.0], ids=["some left", "nothing left"])
 @pytest.mark.parametrize("false", [[2, -1, -1], [1, 2, 3], [3, -1, -1]])
 def test_hard_negatives_beyond_float32(false: list[int], weight: float, backend: str) -> None:

@@ -108,6 +108,12 @@ def test_min_k_takes_no_token_too_many() -> None:
         torch.testing.assert_close(found, ordered[:k].mean(), rtol=1e-9, atol=0)
 
 
+def test_tokens_that_are_certain_have_no_deviation() -> None:
+    x, w, b = torch.randn(1, 2, 6), torch.randn(5, 6), torch.tensor([0.0, *[-1e9] * 4])
+    y = torch.zeros(1, 2, dtype=torch.int64)
+    assert catalogue.min_k_scores(x, w, y, k=0.5, normalized=True, linear_bias=b) == 0
+
+
 def test_texts_without_tokens() -> None:
     x, w, y = torch.randn(2, 3, 5), torch.randn(7, 5), torch.tensor([[-100, -100, -100], [1, 2, 3]])
     found = catalogue.min_k_scores(x, w, y, k=0.5)

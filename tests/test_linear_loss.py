@@ -708,6 +708,22 @@ def test_what_waits_is_as_saved_tensors_are(monkeypatch):
     assert t.grad is not None
 
 
+@pytest.mark.parametrize("mask", [-1e9, -1e30, -math.inf])
+@pytest.mark.parametrize("only", [True, False], ids=["only the target is legal", "it is not"])
+def test_variance_beside_logits_that_are_far_away(only, mask, backend):
+    """A weight of 0 times an infinite square is 0, and so is its gradient."""
+    x, w = (torch.randn(*s, requires_grad=True) for s in ((2, 6), (5, 6)))
+    b = torch.full((5,), mask) if only else torch.zeros(5)
+    b[0] = 0.0 if only else mask
+    s = linear_statistics(
+        x, w, torch.tensor([0, -100]), names=("variance",), linear_bias=b, backend=backend
+    )
+    z = (x[0] @ w.T + b)[slice(0, 1) if only else slice(1, None)]
+    expected = (z.softmax(0) * (z - (z.softmax(0) * z).sum()).square()).sum()
+    torch.testing.assert_close(s.variance[0], expected)
+    assert all(g.isfinite().all() for g in gradients(s.variance[0], (x, w)))
+
+
 @pytest.mark.usefixtures("rounded_products")
 def test_closures_do_not_wait(head):
     """What F closes over is found before anything is kept."""

@@ -222,6 +222,7 @@ def test_steps_are_forgotten(monkeypatch: pytest.MonkeyPatch, primitives: Any) -
         torchs.step()
         assert len(mine.steps(ours)) == (step + 1) % 8
         assert int(mine.state[ours]["known"].max()) <= (step + 1) % 8
+        mine.state_dict()  # changes nothing
         if step % 20 == 19:  # also across a checkpoint
             state = copy.deepcopy(mine.state_dict())
             mine = optim.RowSGD([ours], 0.1, 0.9, 0.05, skipped="exact")

@@ -352,3 +352,20 @@ def test_bad_calls(changed: dict[str, Any], kind: type[Exception], message: str)
     for loss in (lossops.sampled_softmax_loss, lossops.nce_loss):
         with pytest.raises(kind, match=message):
             loss(**{**call, **changed})  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("targets", [(2,), (2, 2)])
+def test_a_target_that_is_the_only_legal_class(targets: tuple[int, ...], per_row: bool) -> None:
+    """All others masked with -inf: loss 0 and no gradient, as of cross-entropy."""
+    x, w = torch.randn(2, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    b = torch.full((6,), -torch.inf)
+    b[2] = 0.5
+    b.requires_grad_()
+    ids = torch.arange(6)
+    drawn = ids.expand(2, -1).contiguous() if per_row else ids
+    sample = lossops.SampledClasses(drawn, torch.zeros(drawn.shape), torch.zeros(2, len(targets)))
+    y = torch.tensor(targets).expand(2, -1) if len(targets) > 1 else torch.full((2,), 2)
+    loss = lossops.sampled_softmax_loss(x, w, y, sample, linear_bias=b, sparse=False)
+    for t in (loss, *torch.autograd.grad(loss, (x, w, b))):
+        assert not t.any()

@@ -19,7 +19,7 @@ from lossops.catalogue.contrastive import FAMILY, PAIRS
 from lossops.catalogue.keywords import without
 from lossops.catalogue.probabilities import CHUNKED, LOGITS, of_rows
 from lossops.catalogue.recipe import ONE_SWEEP, composed
-from lossops.inputs import check_float
+from lossops.inputs import check_float, distinct
 from lossops.linear import linear_loss
 from lossops.reference import accumulate_dtype
 from lossops.statistics import RowStatistics
@@ -158,7 +158,8 @@ def linear_hasa_loss(
 
     Args:
         target: class ids (...), int64.
-        false_negatives: ids (..., F) of likely positives, padded with -1; None for none.
+        false_negatives: ids (..., F) of likely positives, padded with -1; what is given twice, or
+            is the target, counts once. None for none.
             Default: ``None``.
         false_weights: u, (..., F), no gradient; None for equal ones that sum to 1.
             Default: ``None``.
@@ -176,7 +177,8 @@ def linear_hasa_loss(
     if false_negatives is None:
         false_negatives = target.unsqueeze(-1)[..., :0]
     listed = beside_target(target, "false_negatives", false_negatives, head["ignore_index"])
-    present = (false_negatives >= 0).to(acc)
+    once = distinct(listed)[..., 1:]
+    present = (once >= 0).to(acc)
     given = present / present.sum(-1, keepdim=True).clamp_min(1)
     if false_weights is not None:
         if false_weights.shape != present.shape:

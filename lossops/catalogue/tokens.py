@@ -226,8 +226,8 @@ def min_k_scores(
 
     score = mean of the smallest ⌊k T⌋ of log p(y_t), or of (log p(y_t) - μ_t) / σ_t
 
-    μ and σ: mean and deviation of log p under p itself, over the classes. ⌊k T⌋ is as in the
-    authors' code; of a text so short that it is 0, one token is taken.
+    μ and σ: mean and deviation of log p under p itself, over the classes; 0 where σ is 0. ⌊k T⌋ is
+    as in the authors' code; of a text so short that it is 0, one token is taken.
 
     Args:
         input: x, (..., T, D) floating point.
@@ -268,7 +268,9 @@ def min_k_scores(
     )  # fmt: skip
     score = s.log_p
     if normalized:
-        score = (score + s.entropy) / s.variance.sqrt()  # μ = -entropy
+        spread = s.variance > 0  # a token that is certain is as likely as its mean
+        deviation = torch.where(spread, s.variance, 1.0).sqrt()
+        score = torch.where(spread, (score + s.entropy) / deviation, 0.0)  # μ = -entropy
     counted = ~is_ignored(target, ignore_index)
     ordered = score.masked_fill(~counted, torch.inf).sort(-1).values
     exact = counted.sum(-1, keepdim=True).double() * k + 1e-6  # 1e-6: 0.29 · 100 is 29
