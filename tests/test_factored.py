@@ -89,7 +89,7 @@ def test_iterates_are_those_of_sgd(loss, momentum, weight_decay):
     assert drift.inverse <= 1e-12
 
 
-@pytest.mark.parametrize("steps", [500, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1000, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", ["z", "mse"])
 def test_float32_stays_close_for_thousands_of_steps(loss, steps):
     """With a learning rate that ends epochs; the oracle is dense and float64."""
@@ -105,8 +105,8 @@ def test_without_stabilisation_squared_error_loses_its_digits():
     """What the epochs are for: the same run without them."""
     options = {"loss": "mse", "dtype": torch.float32, "stabilize": False}
     pair = Pair(8, 100, 0.02, **options)
-    pair.train(600, 4)
-    assert not pair.error() <= 5e-4  # with them 2e-7
+    pair.train(1000, 4)
+    assert not pair.error() <= 1e-2
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])

@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-import torch
 from torch import Tensor, nn
 
 from lossops.catalogue.docstrings import face_docstring, module_docstring
 from lossops.catalogue.keywords import HEAD, Keywords
-from lossops.inputs import is_ignored
+from lossops.inputs import check_constant, is_ignored
 from lossops.linear import linear_loss
 from lossops.modules import _LinearHead
 from lossops.statistics import RowStatistics
@@ -314,11 +313,8 @@ def _check_number(argument: str, value: Any, learned: bool) -> None:
     """Refuse tensors for a number: of several, or where a gradient would be lost."""
     if not isinstance(value, Tensor):
         return
-    if value.requires_grad and torch.is_grad_enabled() and not learned:
-        raise ValueError(
-            f"{argument} must be a number, it is not differentiated, got a tensor that wants a "
-            "gradient; detach it"
-        )
+    if not learned:
+        check_constant(argument, value)
     if value.numel() != 1:
         raise ValueError(
             f"{argument} must be one number for all rows, got shape {tuple(value.shape)}"

@@ -158,9 +158,8 @@ def linear_hasa_loss(
 
     Args:
         target: class ids (...), int64.
-        false_negatives: ids (..., F) of likely positives, padded with -1; what is given twice, or
-            is the target, counts once. None for none.
-            Default: ``None``.
+        false_negatives: ids (..., F) of likely positives, padded with -1; one given twice counts
+            once, the target not at all. None for none. Default: ``None``.
         false_weights: u, (..., F), no gradient; None for equal ones that sum to 1.
             Default: ``None``.
         tau: τ in [0, 1). Default: ``0.05``.
